@@ -1,0 +1,373 @@
+"""InceptionV3 without its top, at any width: the extractor that turns a photo into a grid.
+
+The topology is that of Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision" (section 6), in
+the variant of ``keras.applications.InceptionV3``. A width multiplier (Howard et al. 2017, "MobileNets",
+section 3.3) scales the filters of every convolution; at width 1.0 the network is Keras' own, convolution by
+convolution and in the same order, which a test holds by loading the same weights into both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from caption_train.errors import TrainingError
+from caption_train.files import write_json
+
+BLOCKS = tuple(f"mixed{i}" for i in range(11))
+"""Names of the outputs that a grid may be taken from, first to last."""
+
+DISTILLATION = "distillation.json"
+"""Beside an extractor that was distilled: from which teacher, on what and how."""
+
+_BATCH_NORM_EPSILON = 1e-3
+
+
+@dataclass(frozen=True)
+class ExtractorConfig:
+    """Everything that decides what an extractor's grid means."""
+
+    width: float = 1.0
+    """Multiplier on the filters of every convolution; 1.0 is Keras' network."""
+    size: int = 299
+    """Height and width of the photo that the network sees, in pixels."""
+    layer: str = "mixed10"
+    """The block whose output is the grid."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            TrainingError: A width that is not positive, a photo too small for the network, an unknown block.
+        """
+        if not 0 < self.width <= 4:
+            raise TrainingError(f"extractor width {self.width} is out of range: give a number above 0, at most 4")
+        if self.size < 75:
+            raise TrainingError(f"extractor size {self.size} is too small: InceptionV3 needs at least 75 pixels")
+        if self.layer not in BLOCKS:
+            raise TrainingError(f"extractor layer {self.layer!r} does not exist: choose one of {', '.join(BLOCKS)}")
+
+
+@dataclass(frozen=True)
+class _Conv:
+    """One convolution with its batch normalisation and ReLU."""
+
+    filters: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: str = "same"
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """Convolutions side by side on the same input, their outputs concatenated."""
+
+    arms: tuple[_Conv, ...]
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """A 3x3 pooling: average at stride 1, maximum at stride 2 (which shrinks the grid)."""
+
+    stride: int = 1
+
+
+_Chain = tuple[_Conv | _Fork | _Pool, ...]
+
+
+def _square(filters: int, kernel: int, stride: int = 1, padding: str = "same") -> _Conv:
+    return _Conv(filters, (kernel, kernel), stride, padding)
+
+
+_STEM: _Chain = (
+    _square(32, 3, 2, "valid"),
+    _square(32, 3, 1, "valid"),
+    _square(64, 3),
+    _Pool(2),
+    _square(80, 1, 1, "valid"),
+    _square(192, 3, 1, "valid"),
+    _Pool(2),
+)
+
+
+def _block_35(pool_filters: int) -> tuple[_Chain, ...]:
+    """The 35x35 blocks (figure 5 of the paper, with one 5x5 kept)."""
+    return (
+        (_Conv(64),),
+        (_Conv(48), _square(64, 5)),
+        (_Conv(64), _square(96, 3), _square(96, 3)),
+        (_Pool(), _Conv(pool_filters)),
+    )
+
+
+def _block_17(inner: int) -> tuple[_Chain, ...]:
+    """The 17x17 blocks with 7x7 convolutions factorised into 1x7 and 7x1 (figure 6)."""
+    wide, tall = (1, 7), (7, 1)
+    return (
+        (_Conv(192),),
+        (_Conv(inner), _Conv(inner, wide), _Conv(192, tall)),
+        (_Conv(inner), _Conv(inner, tall), _Conv(inner, wide), _Conv(inner, tall), _Conv(192, wide)),
+        (_Pool(), _Conv(192)),
+    )
+
+
+def _block_8() -> tuple[_Chain, ...]:
+    """The 8x8 blocks with an expanded filter bank (figure 7)."""
+    fork = _Fork((_Conv(384, (1, 3)), _Conv(384, (3, 1))))
+    return (
+        (_Conv(320),),
+        (_Conv(384), fork),
+        (_Conv(448), _square(384, 3), fork),
+        (_Pool(), _Conv(192)),
+    )
+
+
+_MIXED: tuple[tuple[_Chain, ...], ...] = (
+    _block_35(32),
+    _block_35(64),
+    _block_35(64),
+    (
+        (_square(384, 3, 2, "valid"),),
+        (_Conv(64), _square(96, 3), _square(96, 3, 2, "valid")),
+        (_Pool(2),),
+    ),
+    _block_17(128),
+    _block_17(160),
+    _block_17(160),
+    _block_17(192),
+    (
+        (_Conv(192), _square(320, 3, 2, "valid")),
+        (_Conv(192), _Conv(192, (1, 7)), _Conv(192, (7, 1)), _square(192, 3, 2, "valid")),
+        (_Pool(2),),
+    ),
+    _block_8(),
+    _block_8(),
+)
+
+
+def scaled_filters(filters: int, width: float) -> int:
+    """Filters of a convolution at a width: the nearest multiple of 8 (which vector units like), at least 8."""
+    return max(8, int(filters * width + 4) // 8 * 8)
+
+
+class _Builder:
+    """Adds layers to a functional graph, numbering convolutions as Keras creates them."""
+
+    def __init__(self, width: float) -> None:
+        self.width = width
+        self.convolutions = 0
+
+    def conv(self, x: keras.KerasTensor, spec: _Conv) -> keras.KerasTensor:
+        number = self.convolutions
+        self.convolutions += 1
+        x = keras.layers.Conv2D(
+            scaled_filters(spec.filters, self.width),
+            spec.kernel,
+            strides=spec.stride,
+            padding=spec.padding,
+            use_bias=False,
+            name=f"conv_{number}",
+        )(x)
+        x = keras.layers.BatchNormalization(scale=False, epsilon=_BATCH_NORM_EPSILON, name=f"norm_{number}")(x)
+        return keras.layers.ReLU(name=f"relu_{number}")(x)
+
+    def pool(self, x: keras.KerasTensor, spec: _Pool) -> keras.KerasTensor:
+        if spec.stride == 1:
+            return keras.layers.AveragePooling2D(3, strides=1, padding="same")(x)
+        return keras.layers.MaxPooling2D(3, strides=spec.stride)(x)
+
+    def chain(self, x: keras.KerasTensor, steps: _Chain) -> keras.KerasTensor:
+        for step in steps:
+            if isinstance(step, _Conv):
+                x = self.conv(x, step)
+            elif isinstance(step, _Pool):
+                x = self.pool(x, step)
+            else:
+                x = keras.layers.Concatenate()([self.conv(x, arm) for arm in step.arms])
+        return x
+
+
+def build_extractor(config: ExtractorConfig) -> keras.Model:
+    """Build the extractor with random weights.
+
+    Args:
+        config: Width, size of the photo and block.
+
+    Returns:
+        A Keras model: ``images`` uint8 (or float) [n, size, size, 3] RGB in 0..255 -> grid float32
+        [n, rows, columns, channels]. Scaling to [-1, 1] is inside.
+    """
+    builder = _Builder(config.width)
+    images = keras.Input((config.size, config.size, 3), name="images")
+    x = keras.layers.Rescaling(1 / 127.5, offset=-1, name="rescale")(images)
+    x = builder.chain(x, _STEM)
+    for name, branches in zip(BLOCKS, _MIXED, strict=True):
+        x = keras.layers.Concatenate(name=name)([builder.chain(x, branch) for branch in branches])
+        if name == config.layer:
+            break
+    # Under mixed precision the grid leaves in float32 all the same: it is compared, cached and exported.
+    grid = keras.layers.Activation("linear", dtype="float32", name="grid")(x)
+    return keras.Model(images, grid, name="extractor")
+
+
+def _convolutions(model: keras.Model) -> Iterator[tuple[keras.layers.Conv2D, keras.layers.BatchNormalization]]:
+    """The convolutions of a network with their normalisations, in order of creation.
+
+    Creation order is read from the layers' trailing numbers, so that it works for Keras' own ``conv2d_12`` as well.
+    """
+
+    def number(layer: keras.layers.Layer) -> int:
+        tail = layer.name.rsplit("_", 1)[-1]
+        return int(tail) if tail.isdigit() else -1
+
+    convolutions = sorted((x for x in model.layers if isinstance(x, keras.layers.Conv2D)), key=number)
+    norms = sorted((x for x in model.layers if isinstance(x, keras.layers.BatchNormalization)), key=number)
+    return zip(convolutions, norms, strict=True)
+
+
+def copy_weights(source: keras.Model, target: keras.Model) -> None:
+    """Copy convolution by convolution from one InceptionV3 into another, which may end at an earlier block.
+
+    Args:
+        source: For instance ``keras.applications.InceptionV3(include_top=False)``.
+        target: An extractor of the same width.
+
+    Raises:
+        TrainingError: The shapes differ.
+    """
+    pairs = list(_convolutions(source))
+    for index, (convolution, norm) in enumerate(_convolutions(target)):
+        if index >= len(pairs):
+            raise TrainingError(f"the source network has {len(pairs)} convolutions, the extractor needs more")
+        for mine, theirs in ((convolution, pairs[index][0]), (norm, pairs[index][1])):
+            try:
+                mine.set_weights(theirs.get_weights())
+            except ValueError as exc:
+                raise TrainingError(f"convolution {index} of the source network has another shape: {exc}") from exc
+
+
+def load_folded_npz(model: keras.Model, path: Path) -> None:
+    """Load the 2015 InceptionV3 whose batch normalisation is folded into float16 kernels and biases.
+
+    The file holds ``LAYER/kernel`` [kh, kw, in, out] and ``LAYER/bias`` [out]; ``layers.json`` beside it lists the
+    layers in Keras' order. The normalisation becomes the bias alone: beta = bias, mean 0, variance 1 - epsilon.
+
+    Raises:
+        TrainingError: The file cannot be read, a kernel that the network needs is missing, or a shape differs.
+    """
+    listing = path.with_name("layers.json")
+    try:
+        names = [row[0] for row in json.loads(listing.read_text(encoding="utf-8"))]
+        arrays = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as exc:
+        raise TrainingError(f"extractor weights {path} (with {listing.name} beside it) cannot be read: {exc}") from exc
+    with arrays:
+        for index, (convolution, norm) in enumerate(_convolutions(model)):
+            name = names[index]
+            if f"{name}/kernel" not in arrays:
+                raise TrainingError(
+                    f"{path} has no kernel for {name} (convolution {index}): take the grid from an earlier block, "
+                    "such as mixed8"
+                )
+            kernel = arrays[f"{name}/kernel"].astype(np.float32)
+            bias = arrays[f"{name}/bias"].astype(np.float32)
+            if kernel.shape != tuple(convolution.kernel.shape):
+                raise TrainingError(
+                    f"{path}: {name} is {kernel.shape}, the network needs {tuple(convolution.kernel.shape)}: is the "
+                    "width 1.0?"
+                )
+            convolution.set_weights([kernel])
+            variance = np.full_like(bias, 1 - _BATCH_NORM_EPSILON)
+            norm.set_weights([bias, np.zeros_like(bias), variance])
+
+
+def load_extractor_weights(model: keras.Model, weights: str) -> str:
+    """Fill an extractor from ``imagenet``, ``none`` or a file.
+
+    Args:
+        model: The extractor.
+        weights: ``imagenet`` (Keras downloads them; width 1.0 only), ``none`` (random initialisation stays), or a
+            path: ``.npz`` as `load_folded_npz` reads it, else a Keras weights file (``.weights.h5``) of this extractor.
+
+    Returns:
+        A key that changes whenever the weights do, for caches: SHA-256 of the weights.
+
+    Raises:
+        TrainingError: Weights that cannot be had, or do not fit.
+    """
+    if weights == "imagenet":
+        try:
+            source = keras.applications.InceptionV3(include_top=False, weights="imagenet")
+        except Exception as exc:  # Keras raises a bare Exception for a failed download
+            raise TrainingError(
+                f"Keras could not download the ImageNet weights ({exc}): give a weights file with --extractor-weights"
+            ) from exc
+        copy_weights(source, model)
+    elif weights != "none":
+        path = Path(weights)
+        if not path.is_file():
+            raise TrainingError(f"extractor weights {path} do not exist: give a file, 'imagenet' or 'none'")
+        if path.suffix == ".npz":
+            load_folded_npz(model, path)
+        else:
+            try:
+                model.load_weights(path)
+            except (OSError, ValueError) as exc:
+                raise TrainingError(f"extractor weights {path} do not fit this extractor: {exc}") from exc
+    return weights_key(model)
+
+
+def weights_key(model: keras.Model) -> str:
+    """SHA-256 over a model's weights in order: what a cache of its outputs is keyed by."""
+    digest = hashlib.sha256()
+    for array in model.get_weights():
+        digest.update(str(array.shape).encode())
+        digest.update(np.ascontiguousarray(array, dtype=np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def save_extractor(model: keras.Model, config: ExtractorConfig, folder: Path) -> None:
+    """Write ``extractor.weights.h5`` and ``extractor.json`` into a folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"extractor-{os.getpid()}.weights.h5"
+    model.save_weights(temporary)
+    os.replace(temporary, folder / "extractor.weights.h5")
+    write_json(folder / "extractor.json", asdict(config))
+
+
+def load_extractor(folder: Path) -> tuple[keras.Model, ExtractorConfig]:
+    """Read an extractor that `save_extractor` wrote.
+
+    Raises:
+        TrainingError: The folder does not hold one, or its weights do not fit.
+    """
+    try:
+        config = ExtractorConfig(**json.loads((folder / "extractor.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as exc:
+        raise TrainingError(f"{folder} holds no extractor: extractor.json cannot be read ({exc})") from exc
+    model = build_extractor(config)
+    load_extractor_weights(model, str(folder / "extractor.weights.h5"))
+    return model, config
+
+
+def extract_with(model: keras.Model) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    """The extractor as a function of arrays: uint8 [n, S, S, 3] -> float32 [n, P, C], places in row-major order."""
+    rows, columns, channels = model.output_shape[1:]
+    forward = tf.function(
+        lambda photos: model(photos, training=False),
+        input_signature=[tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)],
+    )
+
+    def extract(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.asarray(forward(photos)).reshape(-1, rows * columns, channels)
+
+    return extract

@@ -1,0 +1,318 @@
+"""The captioner's own networks: encoder, Bahdanau attention and GRU decoder.
+
+Xu et al. 2015, "Show, Attend and Tell", as TensorFlow's image-captioning tutorial builds it. Attributes keep the
+tutorial's names (``encoder.fc``; ``decoder.embedding``, ``.gru``, ``.fc1``, ``.fc2``, ``.attention.W1/W2/V``), so that
+a checkpoint of either reads as one of the other. Shapes in comments: n photos, m rows (captions or hypotheses), T words,
+P places, C channels, E features, A attention units, U GRU units, V words in the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from caption_rt.search import Step
+from caption_train.errors import TrainingError
+
+Recurrence = Literal["carry", "reset"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of encoder and decoder, and how the recurrence goes."""
+
+    places: int
+    """Places of the grid, rows x columns: 64 for InceptionV3 at 299 pixels."""
+    channels: int
+    """Channels of the grid: 2048 for InceptionV3's mixed10."""
+    vocabulary_size: int
+    """Words with the special ones: rows of the embedding, outputs of the last layer."""
+    embedding_dim: int = 256
+    """Size of a word's embedding and of a place's features (the tutorial's one number for both)."""
+    units: int = 512
+    """Units of the GRU, of the attention and of the first output layer (likewise one number)."""
+    recurrence: Recurrence = "carry"
+    """``carry``: the GRU's state goes from word to word. ``reset``: it starts at zero with each word and the last
+    state reaches the attention alone, which is what the tutorial's code does."""
+    dropout: float = 0.0
+    """Share of the word embeddings' and of the GRU outputs' elements dropped in training (Srivastava et al. 2014)."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            TrainingError: A size that is not positive, an unknown recurrence, a dropout outside [0, 1).
+        """
+        for name in ("places", "channels", "vocabulary_size", "embedding_dim", "units"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"model: {name} must be at least 1, not {getattr(self, name)}")
+        if self.recurrence not in get_args(Recurrence):
+            raise TrainingError(f"model: recurrence must be 'carry' or 'reset', not {self.recurrence!r}")
+        if not 0 <= self.dropout < 1:
+            raise TrainingError(f"model: dropout must lie in [0, 1), not {self.dropout}")
+
+
+class BahdanauAttention(keras.layers.Layer):
+    """Additive attention (Bahdanau et al. 2015, appendix A.1.2) with the keys computed beforehand."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Make the three layers: W1 for the features, W2 for the state, V for the score."""
+        super().__init__(name="attention")
+        self.W1 = keras.layers.Dense(config.units, name="W1")
+        self.W2 = keras.layers.Dense(config.units, name="W2")
+        self.V = keras.layers.Dense(1, name="V")
+        self.W1.build((None, config.places, config.embedding_dim))
+        self.W2.build((None, config.units))
+        self.V.build((None, config.places, config.units))
+        self.built = True
+
+    def call(self, features: tf.Tensor, keys: tf.Tensor, state: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Look at the places.
+
+        Args:
+            features: float32 [m, P, E].
+            keys: float32 [m, P, A], W1 of the features.
+            state: float32 [m, U].
+
+        Returns:
+            Context float32 [m, E], the features' weighted sum, and the weights float32 [m, P], which sum to 1.
+        """
+        query = self.W2(state)[:, tf.newaxis]  # [m, 1, A]
+        scores = self.V(tf.tanh(keys + query))[:, :, 0]  # [m, P]
+        weights = tf.nn.softmax(scores)
+        context = tf.reduce_sum(weights[:, :, tf.newaxis] * features, axis=1)
+        return context, weights
+
+
+class Encoder(keras.Model):
+    """One dense layer with ReLU on every place of the grid."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Make and build the layer."""
+        super().__init__(name="encoder")
+        self.fc = keras.layers.Dense(config.embedding_dim, activation="relu", name="fc")
+        self.fc.build((None, config.places, config.channels))
+        self.built = True
+
+    def call(self, grid: tf.Tensor) -> tf.Tensor:
+        """Grid float32 [n, P, C] -> features float32 [n, P, E]."""
+        return self.fc(grid)
+
+
+class Decoder(keras.Model):
+    """Embedding, attention, GRU and two output layers; one word a call of `step`, a whole caption a call of `call`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Make and build the layers."""
+        super().__init__(name="decoder")
+        self.config = config
+        size, units = config.embedding_dim, config.units
+        self.embedding = keras.layers.Embedding(config.vocabulary_size, size, name="embedding")
+        self.gru = keras.layers.GRU(units, return_sequences=True, return_state=True, name="gru")
+        self.fc1 = keras.layers.Dense(units, name="fc1")
+        self.fc2 = keras.layers.Dense(config.vocabulary_size, name="fc2")
+        self.attention = BahdanauAttention(config)
+        self.embedding.build((None,))
+        self.gru.build((None, None, 2 * size))
+        self.fc1.build((None, units))
+        self.fc2.build((None, units))
+        self.built = True
+
+    def recur(
+        self, embedded: tf.Tensor, state: tf.Tensor, features: tf.Tensor, keys: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Attend, then one step of the GRU.
+
+        Args:
+            embedded: The previous word's embedding, float32 [m, E].
+            state: float32 [m, U].
+            features: float32 [m, P, E].
+            keys: float32 [m, P, A].
+
+        Returns:
+            The next state float32 [m, U] (the GRU's output as well) and the attention float32 [m, P].
+        """
+        context, weights = self.attention(features, keys, state)
+        inputs = tf.concat([context, embedded], axis=-1)  # [m, 2E]
+        before = state if self.config.recurrence == "carry" else tf.zeros_like(state)
+        output, _ = self.gru.cell(inputs, [before])
+        return output, weights
+
+    def step(
+        self, token: tf.Tensor, state: tf.Tensor, features: tf.Tensor, keys: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """One word: what ``decoder.onnx`` computes.
+
+        Args:
+            token: The previous words' ids, int64 [m].
+            state: float32 [m, U].
+            features: float32 [m, P, E].
+            keys: float32 [m, P, A].
+
+        Returns:
+            Log-probabilities of the next word float32 [m, V] (natural logarithm), the next state float32 [m, U], the
+            attention float32 [m, P].
+        """
+        next_state, weights = self.recur(self.embedding(token), state, features, keys)
+        return tf.nn.log_softmax(self.fc2(self.fc1(next_state))), next_state, weights
+
+    def call(
+        self, tokens: tf.Tensor, state: tf.Tensor, features: tf.Tensor, keys: tf.Tensor, seed: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """Whole captions with teacher forcing: only attention and GRU go word by word.
+
+        Args:
+            tokens: The words that precede those to be predicted, ``<start>`` first, int64 [m, T].
+            state: The initial state, float32 [m, U].
+            features: float32 [m, P, E].
+            keys: float32 [m, P, A].
+            seed: int32 [2] of the dropout; None for no dropout.
+
+        Returns:
+            Logits float32 [m, T, V].
+        """
+        embedded = self._drop(self.embedding(tokens), seed, 0)  # [m, T, E]
+        length = tf.shape(tokens)[1]
+        outputs = tf.TensorArray(tf.float32, size=length, element_shape=(None, self.config.units))
+
+        def word(t: tf.Tensor, state: tf.Tensor, outputs: tf.TensorArray) -> tuple[Any, Any, Any]:
+            state, _ = self.recur(embedded[:, t], state, features, keys)
+            return t + 1, state, outputs.write(t, state)
+
+        # A loop in the graph rather than in Python: one trace serves captions of every length.
+        _, _, outputs = tf.while_loop(lambda t, *_: t < length, word, (0, state, outputs))
+        stacked = self._drop(tf.transpose(outputs.stack(), (1, 0, 2)), seed, 1)  # [m, T, U]
+        return self.fc2(self.fc1(stacked))
+
+    def _drop(self, x: tf.Tensor, seed: tf.Tensor | None, place: int) -> tf.Tensor:
+        """Stateless dropout: the masks follow from the seed alone, so that a resumed run draws the same ones."""
+        if seed is None or not self.config.dropout:
+            return x
+        return tf.nn.experimental.stateless_dropout(x, self.config.dropout, seed=tf.add(seed, (place, 0)))
+
+
+class CaptionModel(keras.Model):
+    """Encoder and decoder together."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build both with random weights."""
+        super().__init__(name="captioner")
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.built = True
+
+    def encode(self, grid: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Once a photo: what ``encoder.onnx`` computes.
+
+        Args:
+            grid: float32 [n, P, C].
+
+        Returns:
+            Features float32 [n, P, E], keys float32 [n, P, A], the initial state float32 [n, U] (zeros, as in the
+            tutorial).
+        """
+        features = self.encoder(grid)
+        keys = self.decoder.attention.W1(features)
+        initial_state = tf.zeros((tf.shape(grid)[0], self.config.units))
+        return features, keys, initial_state
+
+    def call(self, grid: tf.Tensor, tokens: tf.Tensor, seed: tf.Tensor | None = None) -> tf.Tensor:
+        """Teacher forcing.
+
+        Args:
+            grid: float32 [m, P, C].
+            tokens: int64 [m, T], ``<start>`` first.
+            seed: int32 [2] of the dropout; None for no dropout.
+
+        Returns:
+            Logits float32 [m, T, V] of the words that follow.
+        """
+        features, keys, state = self.encode(grid)
+        return self.decoder(tokens, state, features, keys, seed=seed)
+
+
+class TensorFlowStepper:
+    """The decoder as `caption_rt.search.Stepper`: the same search captions in TensorFlow and on the device."""
+
+    def __init__(self, model: CaptionModel) -> None:
+        """Trace the two functions once; `on` then binds them to photos."""
+        config = model.config
+        place = (None, config.places)
+        self._encode = tf.function(
+            model.encode, input_signature=[tf.TensorSpec((*place, config.channels), tf.float32, "grid")]
+        )
+        self._step = tf.function(
+            model.decoder.step,
+            input_signature=[
+                tf.TensorSpec((None,), tf.int64, "token"),
+                tf.TensorSpec((None, config.units), tf.float32, "state"),
+                tf.TensorSpec((*place, config.embedding_dim), tf.float32, "features"),
+                tf.TensorSpec((*place, config.units), tf.float32, "keys"),
+            ],
+        )
+
+    def on(self, grid: NDArray[np.float32]) -> BoundStepper:
+        """Bind to photos.
+
+        Args:
+            grid: float32 [n, P, C].
+        """
+        features, keys, state = (np.asarray(x) for x in self._encode(np.asarray(grid, np.float32)))
+        return BoundStepper(self, features, keys, state)
+
+    def step(
+        self,
+        token: NDArray[np.int64],
+        state: NDArray[np.float32],
+        features: NDArray[np.float32],
+        keys: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """`Decoder.step` on arrays."""
+        log_probs, next_state, attention = (np.asarray(x) for x in self._step(token, state, features, keys))
+        return log_probs, next_state, attention
+
+
+class BoundStepper:
+    """A `TensorFlowStepper` with the features of n photos; satisfies `caption_rt.search.Stepper`."""
+
+    def __init__(
+        self,
+        stepper: TensorFlowStepper,
+        features: NDArray[np.float32],
+        keys: NDArray[np.float32],
+        state: NDArray[np.float32],
+    ) -> None:
+        """Keep the photos' arrays; see `TensorFlowStepper.on`."""
+        self._stepper, self._features, self._keys, self._state = stepper, features, keys, state
+
+    @property
+    def batch_size(self) -> int:
+        """Number of photos."""
+        return len(self._features)
+
+    def initial_state(self) -> NDArray[np.float32]:
+        """State before the first word, float32 [n, U]."""
+        return self._state
+
+    def step(self, tokens: NDArray[np.int64], state: NDArray[np.float32], images: NDArray[np.int64]) -> Step:
+        """One word for m rows, row i belonging to photo ``images[i]``; see `caption_rt.search.Stepper`."""
+        return Step(*self._stepper.step(tokens, state, self._features[images], self._keys[images]))
+
+
+def model_config(record: Mapping[str, Any]) -> ModelConfig:
+    """A `ModelConfig` from JSON.
+
+    Raises:
+        TrainingError: A key is missing or unknown.
+    """
+    try:
+        return ModelConfig(**record)
+    except TypeError as exc:
+        raise TrainingError(f"model configuration does not fit this version: {exc}") from exc
