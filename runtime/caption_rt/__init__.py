@@ -1,0 +1,1 @@
+"""caption-rt: a photo in, a sentence out, with ONNX Runtime and without TensorFlow."""

@@ -1,0 +1,350 @@
+"""The bundle: the contract between the exporter, which writes one, and the runtime, which opens one.
+
+A bundle is a folder, or a zip file of it, that holds ``manifest.json``, three ONNX graphs, ``vocabulary.json``,
+``selftest.json`` and a ``README.md``. docs/bundle.md describes the format.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from caption_rt._fields import parse_json
+from caption_rt.errors import BundleError, CaptionError, printable
+from caption_rt.manifest import (
+    FORMAT_VERSION,
+    GRAPH_TENSORS,
+    MANIFEST_FILE,
+    SELFTEST_FILE,
+    VOCABULARY_FILE,
+    DecodingSpec,
+    FileSpec,
+    GraphSpec,
+    GridSpec,
+    ImageSpec,
+    Manifest,
+    TensorSpec,
+)
+from caption_rt.vocabulary import Vocabulary
+
+__all__ = [
+    "FORMAT_VERSION",
+    "GRAPH_TENSORS",
+    "MANIFEST_FILE",
+    "SELFTEST_FILE",
+    "VOCABULARY_FILE",
+    "Bundle",
+    "DecodingSpec",
+    "FileSpec",
+    "GraphSpec",
+    "GridSpec",
+    "ImageSpec",
+    "Manifest",
+    "TensorSpec",
+    "default_bundle_path",
+    "write_bundle",
+]
+
+# A manifest of the full-size model has a few kB.
+_MAX_MANIFEST_SIZE = 4 * 2**20
+
+
+class _Files(Protocol):
+    """Where a bundle's files lie."""
+
+    def read(self, name: str, limit: int) -> bytes:
+        """At most `limit` + 1 bytes of a file: enough to see that it is too long, never more."""
+
+
+class _Folder:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self, name: str, limit: int) -> bytes:
+        path = self._path / name
+        # A link could lead anywhere, and what it leads to could change after the check.
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise BundleError(f"{name} is not a regular file, and links are not followed")
+        with path.open("rb") as file:
+            return file.read(limit + 1)
+
+
+class _Zip:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        # The zip of a folder holds either the files or the folder.
+        found = [name for name in names if name == MANIFEST_FILE or name.split("/")[1:] == [MANIFEST_FILE]]
+        if len(found) != 1:
+            raise BundleError(f"{printable(path)} holds {len(found)} files {MANIFEST_FILE}; a bundle has one")
+        self._prefix = found[0].removesuffix(MANIFEST_FILE)
+
+    def read(self, name: str, limit: int) -> bytes:
+        with zipfile.ZipFile(self._path) as archive:
+            try:
+                entry = archive.getinfo(self._prefix + name)
+            except KeyError as exc:
+                raise FileNotFoundError(name) from exc
+            if stat.S_ISLNK(entry.external_attr >> 16):
+                raise BundleError(f"{name} is not a regular file, and links are not followed")
+            # Read no further than the limit, whatever length the archive claims: it may be a zip bomb.
+            with archive.open(entry) as file:
+                return file.read(limit + 1)
+
+
+class Bundle:
+    """A verified bundle: every file had the size and the SHA-256 that the manifest states when it was opened.
+
+    Open one with `Bundle.open`.
+    """
+
+    def __init__(self, path: Path, files: _Files) -> None:
+        """Read and verify everything; for `Bundle.open`."""
+        self._path = path
+        self._files = files
+        try:
+            self._manifest = self._read_manifest()
+            self._contents = {name: self._verified(name) for name in self._manifest.files}
+            self._vocabulary = Vocabulary.from_json(parse_json(self._contents[VOCABULARY_FILE], VOCABULARY_FILE))
+            self._check_vocabulary()
+        except BundleError as exc:
+            raise self._located(exc) from exc
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Bundle":
+        """Open a bundle and verify every file of it.
+
+        Args:
+            path: the folder, or the zip file of it.
+
+        Raises:
+            BundleError: it does not exist, is not a bundle, has another format version, lacks a key or a file, or a
+                file is not the one that the manifest states.
+        """
+        where = Path(path)
+        try:
+            if where.is_dir():
+                return cls(where, _Folder(where))
+            if not where.exists():
+                raise BundleError(f"the bundle {printable(where)} does not exist")
+            if not where.is_file():
+                raise BundleError(f"{printable(where)} is not a bundle: neither a folder nor a whole zip file")
+            return cls(where, _Zip(where))
+        except zipfile.BadZipFile as exc:
+            raise BundleError(f"{printable(where)} is not a bundle: neither a folder nor a whole zip file") from exc
+        except (OSError, ValueError) as exc:
+            raise BundleError(f"the bundle {printable(where)} cannot be read: {printable(exc)}") from exc
+
+    @property
+    def path(self) -> Path:
+        """The folder or zip file."""
+        return self._path
+
+    @property
+    def manifest(self) -> Manifest:
+        """The facts about the bundle."""
+        return self._manifest
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The words the model knows."""
+        return self._vocabulary
+
+    def read(self, name: str) -> bytes:
+        """The verified bytes of a file.
+
+        They are handed out once from memory, so that an open bundle does not hold a second copy of its graphs; a later
+        call reads the file again and verifies it again.
+
+        Raises:
+            BundleError: the manifest lists no such file, or it has changed since the bundle was opened.
+        """
+        if name not in self._manifest.files:
+            raise self._located(BundleError(f"the manifest lists no file {printable(name)}"))
+        data = self._contents.pop(name, None)
+        if data is not None:
+            return data
+        try:
+            return self._verified(name)
+        except BundleError as exc:
+            raise self._located(exc) from exc
+
+    def selftest(self) -> dict[str, Any]:
+        """The object of ``selftest.json``: inputs, and the results the training side got for them.
+
+        Raises:
+            BundleError: the file is not a JSON object.
+        """
+        data = parse_json(self.read(SELFTEST_FILE), SELFTEST_FILE)
+        if not isinstance(data, dict):
+            raise self._located(BundleError(f"{SELFTEST_FILE} is not a JSON object"))
+        return data
+
+    def _read_manifest(self) -> Manifest:
+        data = self._read_file(MANIFEST_FILE, _MAX_MANIFEST_SIZE)
+        if len(data) > _MAX_MANIFEST_SIZE:
+            raise BundleError(f"{MANIFEST_FILE} is above {_MAX_MANIFEST_SIZE} bytes")
+        return Manifest.from_json(parse_json(data, MANIFEST_FILE))
+
+    def _verified(self, name: str) -> bytes:
+        spec = self._manifest.files[name]
+        data = self._read_file(name, spec.size)
+        if len(data) != spec.size:
+            relation = "longer" if len(data) > spec.size else "shorter"
+            raise BundleError(f"{name} is {relation} than the {spec.size} bytes that the manifest states")
+        if hashlib.sha256(data).hexdigest() != spec.sha256:
+            raise BundleError(f"{name} is damaged or was changed: its SHA-256 is not the one that the manifest states")
+        return data
+
+    def _read_file(self, name: str, limit: int) -> bytes:
+        try:
+            return self._files.read(name, limit)
+        except FileNotFoundError as exc:
+            raise BundleError(f"{name} is missing") from exc
+        # RuntimeError: an encrypted entry; NotImplementedError is one too: a compression that zipfile lacks.
+        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
+            raise BundleError(f"{name} cannot be read: {printable(exc)}") from exc
+
+    def _check_vocabulary(self) -> None:
+        size = self._manifest.graphs["decoder"].outputs[0].shape[1]
+        if len(self._vocabulary) != size:
+            raise BundleError(f"the decoder gives {size} log-probabilities for {len(self._vocabulary)} words")
+        if self._vocabulary.special_ids != self._manifest.special_ids:
+            raise BundleError("the special ids of manifest.json and vocabulary.json differ")
+
+    def _located(self, error: BundleError) -> BundleError:
+        """The error with the bundle's path in front."""
+        return BundleError(f"the bundle {printable(self._path)}: {error}")
+
+
+def write_bundle(
+    folder: str | os.PathLike[str],
+    *,
+    name: str,
+    description: str,
+    license: str,
+    graphs: Mapping[str, GraphSpec],
+    image: ImageSpec,
+    grid: GridSpec,
+    recurrence: str,
+    special_ids: Mapping[str, int],
+    decoding: DecodingSpec,
+    training: Mapping[str, Any],
+    scores: Mapping[str, Any],
+    versions: Mapping[str, str],
+    contents: Mapping[str, bytes],
+    overwrite: bool = False,
+) -> Bundle:
+    """Write a bundle: wholly, or not at all.
+
+    Everything is written into a folder beside the final one, opened and verified there, and renamed. The same arguments
+    give the same bytes.
+
+    Args:
+        folder: where the bundle shall be.
+        name: see `Manifest`, as for all arguments up to `versions`.
+        description: see `Manifest`.
+        license: see `Manifest`.
+        graphs: see `Manifest`.
+        image: see `Manifest`.
+        grid: see `Manifest`.
+        recurrence: see `Manifest`.
+        special_ids: see `Manifest`.
+        decoding: see `Manifest`.
+        training: see `Manifest`; JSON values only.
+        scores: see `Manifest`; JSON values only.
+        versions: see `Manifest`.
+        contents: every file by name: the graphs, ``vocabulary.json``, ``selftest.json``, ``README.md``.
+        overwrite: replace a bundle that is already there.
+
+    Returns:
+        The bundle, opened.
+
+    Raises:
+        BundleError: the facts or files contradict each other, or there is already something in that place.
+        CaptionError: the files cannot be written.
+    """
+    target = Path(folder)
+    files = {n: FileSpec(hashlib.sha256(data).hexdigest(), len(data)) for n, data in contents.items()}
+    manifest = Manifest(
+        name=name,
+        description=description,
+        license=license,
+        files=files,
+        graphs=graphs,
+        image=image,
+        grid=grid,
+        recurrence=recurrence,
+        special_ids=special_ids,
+        decoding=decoding,
+        training=training,
+        scores=scores,
+        versions=versions,
+    )
+    _check_target(target, overwrite)
+    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        for file_name, data in {**contents, MANIFEST_FILE: text.encode()}.items():
+            (temporary / file_name).write_bytes(data)
+        Bundle.open(temporary)
+        _move(temporary, target)
+    except OSError as exc:
+        raise CaptionError(f"the bundle {printable(target)} cannot be written: {printable(exc)}") from exc
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Bundle.open(target)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise BundleError(f"{printable(target)} exists already: ask for it to be overwritten, or name another folder")
+    # Overwriting removes the whole folder: what is not a bundle is not ours to remove.
+    if (
+        target.is_symlink()
+        or not target.is_dir()
+        or not ((target / MANIFEST_FILE).exists() or not any(target.iterdir()))
+    ):
+        raise BundleError(f"{printable(target)} is not a bundle, and only a bundle is overwritten")
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename, with what is there already out of the way first and put back if that fails."""
+    if not target.exists():
+        source.rename(target)
+        return
+    old = target.parent / f".{target.name}.{secrets.token_hex(4)}.old.tmp"
+    target.rename(old)
+    try:
+        source.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def default_bundle_path() -> Path:
+    """The bundle that travels inside the installed package; in a source checkout, its ``models/default``.
+
+    Raises:
+        BundleError: there is none.
+    """
+    package = Path(__file__).resolve().parent
+    candidates = [package / "models" / "default"]
+    if package.parent.name == "runtime":
+        candidates.append(package.parent.parent / "models" / "default")
+    for candidate in candidates:
+        if (candidate / MANIFEST_FILE).is_file():
+            return candidate
+    raise BundleError("no bundle came with this installation: name one (on the command line with --model)")

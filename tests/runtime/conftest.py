@@ -1,0 +1,21 @@
+"""What the runtime's tests share."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The script that makes the tiny bundle: its sizes, and its network in NumPy."""
+    path = Path(__file__).with_name("make_tiny_bundle.py")
+    spec = importlib.util.spec_from_file_location("make_tiny_bundle", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
