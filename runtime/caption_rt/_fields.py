@@ -50,7 +50,7 @@ class Fields:
         """Whether the object has the key."""
         return key in self._data
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """All keys, in the file's order."""
         return list(self._data)
 
@@ -86,11 +86,8 @@ class Fields:
         return value
 
     def number(self, key: str) -> float:
-        """A number."""
-        value = self.value(key)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.error(key, "is not a number")
-        return float(value)
+        """A number, not an infinite one."""
+        return self._number(key, self.value(key))
 
     def items(self, key: str) -> list[Any]:
         """A list of anything."""
@@ -115,10 +112,7 @@ class Fields:
 
     def numbers(self, key: str) -> list[float]:
         """A list of numbers."""
-        values = self.items(key)
-        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-            raise self.error(key, "is not a list of numbers")
-        return [float(value) for value in values]
+        return [self._number(key, value) for value in self.items(key)]
 
     def mapping(self, key: str) -> dict[str, Any]:
         """A JSON object of anything."""
@@ -134,3 +128,9 @@ class Fields:
     def inners(self, key: str) -> list["Fields"]:
         """A list of such objects."""
         return [Fields(item, f"{self._where}: {printable(key)}[{i}]") for i, item in enumerate(self.items(key))]
+
+    def _number(self, key: str, value: object) -> float:
+        # 1e999 is JSON, and so is a whole number that no float can hold.
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
+            return float(value)
+        raise self.error(key, "is not a number" if value is self._data[key] else "is not a list of numbers")

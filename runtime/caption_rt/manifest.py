@@ -228,7 +228,7 @@ class Manifest:
             name=fields.text("name"),
             description=fields.text("description"),
             license=fields.text("license"),
-            files={name: FileSpec.from_fields(files.inner(name)) for name in files.keys()},  # noqa: SIM118
+            files={name: FileSpec.from_fields(files.inner(name)) for name in files.names()},
             graphs={name: GraphSpec.from_fields(graphs.inner(name)) for name in GRAPH_TENSORS},
             image=ImageSpec(
                 image.integer("size", 1), image.choice("resize", ("bilinear",)), image.choice("color", ("RGB",))
@@ -241,7 +241,7 @@ class Manifest:
             ),
             training=fields.mapping("training"),
             scores=fields.mapping("scores"),
-            versions={name: versions.text(name) for name in versions.keys()},  # noqa: SIM118
+            versions={name: versions.text(name) for name in versions.names()},
         )
 
     def to_json(self) -> dict[str, Any]:
