@@ -213,7 +213,7 @@ def evaluate(
 @click.argument("photos", nargs=-1, required=True, type=_PATH)
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the run and the finished extractor.")
 @click.option("--cache", type=_FOLDER, help="Folder of the teacher's grids; OUT/teacher if not given.")
-@click.option("--list", "listing", type=_PATH, help="Take only the file names in this list from the folders.")
+@click.option("--exclude", type=_PATH, help="A list of file names, one a line, that must stay unseen.")
 @click.option("--teacher-weights", default="imagenet", help="'imagenet' or a weights file.")
 @click.option("--teacher-layer", default="mixed10")
 @click.option("--width", type=float, default=0.25, help="Width multiplier of the student.")
@@ -227,7 +227,7 @@ def distill(
     photos: tuple[Path, ...],
     out: Path,
     cache: Path | None,
-    listing: Path | None,
+    exclude: Path | None,
     teacher_weights: str,
     teacher_layer: str,
     width: float,
@@ -239,12 +239,12 @@ def distill(
     Give OUT to 'train' as --extractor-weights. Call again to go on after a stop.
     """
     paths = [path for folder in photos for path in photos_in(folder)]
-    if listing is not None:
+    if exclude is not None:
         try:
-            names = set(listing.read_text(encoding="utf-8").split())
-        except OSError as exc:
-            raise OptionsError(f"--list {listing} cannot be read: {exc.strerror}") from exc
-        paths = [path for path in paths if path.name in names]
+            unseen = set(exclude.read_text(encoding="utf-8").split())
+        except (OSError, UnicodeDecodeError) as exc:
+            raise OptionsError(f"--exclude {exclude} cannot be read: {exc}") from exc
+        paths = [path for path in paths if path.name not in unseen]
     from caption_train.distill import DistillConfig, run_distillation
     from caption_train.inception import ExtractorConfig
 
