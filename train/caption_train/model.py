@@ -2,8 +2,8 @@
 
 Xu et al. 2015, "Show, Attend and Tell", as TensorFlow's image-captioning tutorial builds it. Attributes keep the
 tutorial's names (``encoder.fc``; ``decoder.embedding``, ``.gru``, ``.fc1``, ``.fc2``, ``.attention.W1/W2/V``), so that
-a checkpoint of either reads as one of the other. Shapes in comments: n photos, m rows (captions or hypotheses), T words,
-P places, C channels, E features, A attention units, U GRU units, V words in the vocabulary.
+a checkpoint of either reads as one of the other. Shapes in comments: n photos, m rows (captions or hypotheses), T
+words, P places, C channels, E features, A attention units, U GRU units, V words in the vocabulary.
 """
 
 from __future__ import annotations
