@@ -1,0 +1,193 @@
+"""The model card: the bundle's README.md, from what is known of the run and what the verification found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from caption_export.parity import BATCH_SIZES, LOG_PROB_TOLERANCE, Report, search_name
+from caption_rt.bundle import GridSpec
+from caption_rt.search import DecodeOptions
+from caption_train.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card says."""
+
+    name: str
+    """Short name of the model."""
+    license: str
+    """Licence of the weights."""
+    size: int
+    """Pixels on each side of the photo that the network sees."""
+    grid: GridSpec
+    model: ModelConfig
+    parameters: int
+    """Weights of all three networks together."""
+    decoding: DecodeOptions
+    training: Mapping[str, Any]
+    """How and on what it was trained."""
+    scores: Mapping[str, Any]
+    """Its scores by split; may be empty."""
+    versions: Mapping[str, str]
+    report: Report
+
+
+def model_card(facts: CardFacts) -> str:
+    """The card as Markdown."""
+    parts = (_what, _data, _scores, _verification, _use, _versions)
+    return "\n".join(line for part in parts for line in (*part(facts), "")).rstrip() + "\n"
+
+
+def _what(facts: CardFacts) -> Iterator[str]:
+    grid, model = facts.grid, facts.model
+    yield f"# {facts.name}"
+    yield ""
+    yield (
+        "Describes a photo in one English sentence. A bundle for caption-rt: three ONNX graphs, the vocabulary, a "
+        "self-test and this card."
+    )
+    yield ""
+    yield (
+        'The model is that of "Show, Attend and Tell" (Xu et al. 2015) as TensorFlow\'s image-captioning tutorial '
+        f"builds it. A photo of {facts.size}x{facts.size} pixels becomes a grid of {grid.rows}x{grid.columns} places "
+        f"with {grid.channels} channels (InceptionV3's topology); a dense layer makes {model.embedding_dim} features "
+        f"of each; a GRU of {model.units} units with Bahdanau attention writes the sentence, word by word, from "
+        f"{model.vocabulary_size} words. {facts.parameters / 1e6:.1f} million weights in single precision."
+    )
+    yield ""
+    carried = "is carried from word to word" if model.recurrence == "carry" else "starts anew with each word"
+    yield f"The recurrent state {carried} (`recurrence: {model.recurrence}`)."
+
+
+def _data(facts: CardFacts) -> Iterator[str]:
+    yield "## How and on what it was trained"
+    yield ""
+    if facts.training:
+        yield from _bullets(facts.training, "")
+    else:
+        yield "The run states nothing about its training."
+
+
+def _scores(facts: CardFacts) -> Iterator[str]:
+    yield "## Scores"
+    yield ""
+    rows = {split: record for split, record in facts.scores.items() if isinstance(record, Mapping)}
+    if not rows:
+        yield "This checkpoint has not been evaluated."
+        return
+    columns = list(dict.fromkeys(name for record in rows.values() for name in record))
+    yield from _table(
+        ["split", *(_words(name) for name in columns)],
+        [[split, *(_value(record.get(name, "")) for name in columns)] for split, record in rows.items()],
+    )
+    yield ""
+    yield (
+        "BLEU and ROUGE-L in percent, CIDEr from 0 to 10, by COCO's scorers with the vocabulary's own normalisation in "
+        "place of the PTB tokenizer; measured in TensorFlow, before the export."
+    )
+
+
+def _verification(facts: CardFacts) -> Iterator[str]:
+    report = facts.report
+    photos = len(report.photos)
+    yield "## Verification"
+    yield ""
+    yield (
+        "Before this bundle was written, its graphs were run in ONNX Runtime beside the TensorFlow networks they come "
+        f"from, on {photos} images, {', '.join(map(str, BATCH_SIZES))} at a time, each graph with the same inputs on "
+        "both sides:"
+    )
+    yield ""
+    yield from _table(
+        ["graph", "output", "largest difference", "allowed"],
+        [
+            [
+                tensor.graph,
+                tensor.tensor,
+                f"{tensor.max_difference:.1e}",
+                f"{tensor.tolerance.absolute:g} + {tensor.tolerance.relative:g} of the value",
+            ]
+            for tensor in report.tensors
+        ],
+    )
+    yield ""
+    yield f"From the pixels on, both gave the same words (log-probabilities within {LOG_PROB_TOLERANCE:g}):"
+    yield ""
+    yield from _table(
+        ["search", "captions", "words", "largest difference of a caption's log-probability"],
+        [
+            [
+                search_name(search.options),
+                str(search.captions),
+                str(search.words),
+                f"{search.max_difference:.1e}",
+            ]
+            for search in report.searches
+        ],
+    )
+    yield ""
+    yield from _table(
+        ["graph", "bytes", "nodes", "opset"],
+        [[graph.name, str(graph.size), str(graph.nodes), str(graph.opset)] for graph in report.graphs],
+    )
+
+
+def _use(facts: CardFacts) -> Iterator[str]:
+    decoding = facts.decoding
+    yield "## Use and limits"
+    yield ""
+    yield "    caption-rt --model FOLDER photo.jpg"
+    yield ""
+    yield (
+        f"By default {search_name(decoding)} and at most {decoding.max_words} words. "
+        "`caption-rt --self-test --model FOLDER` checks the bundle."
+    )
+    yield ""
+    yield (
+        "Meant for photos of everyday scenes like those it was trained on, and for learning how such a captioner "
+        "works. It knows only the words and scenes of its training captions: other things are named by the nearest "
+        "word it knows, and it names things that are not there. Counts, text in the photo, names of persons and "
+        "places are beyond it. Captions repeat what annotators assumed, about people above all. Do not rely on a "
+        "caption where a wrong one does harm, nor as the only description of a photo for people who cannot see it."
+    )
+    yield ""
+    yield f"Licence of the weights: {facts.license}"
+
+
+def _versions(facts: CardFacts) -> Iterator[str]:
+    yield "## Made with"
+    yield ""
+    yield ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+
+
+def _bullets(record: Mapping[str, Any], indent: str) -> Iterator[str]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}- {_words(name)}:"
+            yield from _bullets(value, indent + "  ")
+        else:
+            yield f"{indent}- {_words(name)}: {_value(value)}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(header)} |"
+    yield f"|{'---|' * len(header)}"
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
+
+
+def _words(name: str) -> str:
+    return str(name).replace("_", " ")
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(item) for item in value)
+    return str(value)

@@ -1,0 +1,157 @@
+"""`caption-export`: parses, calls, prints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from caption_rt import __version__
+from caption_rt.errors import CaptionError, OptionsError, printable
+
+if TYPE_CHECKING:
+    from caption_export.parity import Report
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+
+
+class _Command(click.Command):
+    """Turns this project's errors into one line on stderr and their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CaptionError as exc:
+            click.echo(f"caption-export: error: {exc}", err=True)
+            ctx.exit(exc.exit_code)
+
+
+@click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="caption-export")
+@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--photos",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of real photos (or one photo) on which TensorFlow and ONNX Runtime are compared.",
+)
+@click.option("--limit-photos", type=click.IntRange(1), default=16, help="Take so many of them, by name.")
+@click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best")
+@click.option("--name", help="Short name of the model; the name of OUT if not given.")
+@click.option("--license", "license_", default="not stated", help="Licence of the weights: SPDX, or a sentence.")
+@click.option("--description", default="", help="What it is, in a sentence or two.")
+@click.option("--beam", type=click.IntRange(1, 1000), default=1, help="The bundle's default beam size; 1 is greedy.")
+@click.option("--length-penalty", type=click.FloatRange(0), default=0.0, help="The bundle's default.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+def main(
+    run: Path,
+    out: Path,
+    photos: Path,
+    limit_photos: int,
+    checkpoint: str,
+    name: str | None,
+    license_: str,
+    description: str,
+    beam: int,
+    length_penalty: float,
+    overwrite: bool,
+) -> None:
+    """Convert the trained RUN to ONNX, compare it with TensorFlow, and write the bundle OUT.
+
+    Nothing is written where ONNX Runtime does not give what TensorFlow gives: names, shapes and values of each graph,
+    and the words of every photo, greedy and with a beam.
+
+    Exit codes: 0 done, 2 options, 3 bundle, 4 photo, 7 run, 8 not exportable or not equal.
+    """
+    _say_progress()
+    paths = photos_in(photos)[:limit_photos]
+    try:
+        with _quiet_stderr():
+            from caption_export.exporting import export_bundle
+            from caption_train.runs import open_run
+    except ModuleNotFoundError as exc:
+        raise OptionsError(f"exporting needs {exc.name}: install caption-rt with the extra [export]") from exc
+    report = export_bundle(
+        open_run(run, checkpoint),
+        paths,
+        out,
+        name=name or out.resolve().name,
+        license=license_,
+        description=description,
+        beam_size=beam,
+        length_penalty=length_penalty,
+        overwrite=overwrite,
+    )
+    click.echo(_table(report))
+    click.echo(f"\n{printable(out)}")
+
+
+def photos_in(place: Path) -> list[Path]:
+    """The photos of a folder, by name, or the one photo.
+
+    Raises:
+        OptionsError: There is none.
+    """
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise OptionsError(f"--photos {printable(place)} does not exist: name a folder of photos")
+    found = sorted(path for path in place.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if not found:
+        raise OptionsError(f"--photos {printable(place)} holds no photo: {', '.join(_SUFFIXES)} are looked for")
+    return found
+
+
+def _table(report: Report) -> str:
+    """The verification, a line an output or search."""
+    from caption_export.parity import search_name
+
+    rows = [("graph", "output", "largest difference", "allowed", "on")]
+    for tensor in report.tensors:
+        allowed = f"{tensor.tolerance.absolute:g} + {tensor.tolerance.relative:g} of value"
+        rows.append((tensor.graph, tensor.tensor, f"{tensor.max_difference:.2e}", allowed, tensor.photo))
+    for search in report.searches:
+        counts = f"{search.words} words of {search.captions} images are the same"
+        rows.append(
+            (search_name(search.options), "log_prob", f"{search.max_difference:.2e}", f"{search.tolerance:g}", counts)
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
+    )
+
+
+def _say_progress() -> None:
+    """Our own progress lines on stderr, and of the libraries only errors."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    for package in ("caption_export", "caption_train", "caption_rt"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    # Before TensorFlow is imported, which reads them once.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keep back what TensorFlow's libraries say while they load, whatever the log level; shown if loading fails."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            said.seek(0)
+            os.write(kept, said.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
