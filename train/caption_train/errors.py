@@ -15,3 +15,8 @@ class TrainingError(CaptionError, RuntimeError):
     """A training stage cannot go on: its checkpoint, weights, configuration or cache on disk do not serve."""
 
     exit_code: ClassVar[int] = 7
+
+
+def first_line(exc: BaseException) -> str:
+    """What a foreign error says, cut to its first line: Keras and TensorFlow append lists of every variable."""
+    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +22,8 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from caption_train.errors import TrainingError
+from caption_rt.errors import OptionsError
+from caption_train.errors import TrainingError, first_line
 from caption_train.files import write_json
 
 BLOCKS = tuple(f"mixed{i}" for i in range(11))
@@ -47,14 +50,14 @@ class ExtractorConfig:
         """Check the values.
 
         Raises:
-            TrainingError: A width that is not positive, a photo too small for the network, an unknown block.
+            OptionsError: A width that is not positive, a photo too small for the network, an unknown block.
         """
         if not 0 < self.width <= 4:
-            raise TrainingError(f"extractor width {self.width} is out of range: give a number above 0, at most 4")
+            raise OptionsError(f"extractor width {self.width} is out of range: give a number above 0, at most 4")
         if self.size < 75:
-            raise TrainingError(f"extractor size {self.size} is too small: InceptionV3 needs at least 75 pixels")
+            raise OptionsError(f"extractor size {self.size} is too small: InceptionV3 needs at least 75 pixels")
         if self.layer not in BLOCKS:
-            raise TrainingError(f"extractor layer {self.layer!r} does not exist: choose one of {', '.join(BLOCKS)}")
+            raise OptionsError(f"extractor layer {self.layer!r} does not exist: choose one of {', '.join(BLOCKS)}")
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ def _square(filters: int, kernel: int, stride: int = 1, padding: str = "same") -
     return _Conv(filters, (kernel, kernel), stride, padding)
 
 
+_STEM_FILTERS = 32
 _STEM: _Chain = (
-    _square(32, 3, 2, "valid"),
+    _square(_STEM_FILTERS, 3, 2, "valid"),
     _square(32, 3, 1, "valid"),
     _square(64, 3),
     _Pool(2),
@@ -252,7 +256,9 @@ def copy_weights(source: keras.Model, target: keras.Model) -> None:
             try:
                 mine.set_weights(theirs.get_weights())
             except ValueError as exc:
-                raise TrainingError(f"convolution {index} of the source network has another shape: {exc}") from exc
+                raise TrainingError(
+                    f"convolution {index} of the source network has another shape: {first_line(exc)}"
+                ) from exc
 
 
 def load_folded_npz(model: keras.Model, path: Path) -> None:
@@ -265,29 +271,40 @@ def load_folded_npz(model: keras.Model, path: Path) -> None:
         TrainingError: The file cannot be read, a kernel that the network needs is missing, or a shape differs.
     """
     listing = path.with_name("layers.json")
+    layers = list(_convolutions(model))
     try:
-        names = [row[0] for row in json.loads(listing.read_text(encoding="utf-8"))]
-        arrays = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as exc:
-        raise TrainingError(f"extractor weights {path} (with {listing.name} beside it) cannot be read: {exc}") from exc
-    with arrays:
-        for index, (convolution, norm) in enumerate(_convolutions(model)):
-            name = names[index]
-            if f"{name}/kernel" not in arrays:
-                raise TrainingError(
-                    f"{path} has no kernel for {name} (convolution {index}): take the grid from an earlier block, "
-                    "such as mixed8"
-                )
-            kernel = arrays[f"{name}/kernel"].astype(np.float32)
-            bias = arrays[f"{name}/bias"].astype(np.float32)
-            if kernel.shape != tuple(convolution.kernel.shape):
-                raise TrainingError(
-                    f"{path}: {name} is {kernel.shape}, the network needs {tuple(convolution.kernel.shape)}: is the "
-                    "width 1.0?"
-                )
-            convolution.set_weights([kernel])
-            variance = np.full_like(bias, 1 - _BATCH_NORM_EPSILON)
-            norm.set_weights([bias, np.zeros_like(bias), variance])
+        names = [str(row[0]) for row in json.loads(listing.read_text(encoding="utf-8"))]
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            for index, (convolution, norm) in enumerate(layers):
+                _set_folded(convolution, norm, arrays, names[index] if index < len(names) else f"layer {index}", path)
+    # What NumPy stumbles over in a file that is no .npz depends on the file's first bytes.
+    except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, zipfile.BadZipFile) as exc:
+        raise TrainingError(
+            f"extractor weights {path} (with {listing.name} beside it) cannot be read: {first_line(exc)}"
+        ) from exc
+
+
+def _set_folded(
+    convolution: keras.layers.Conv2D,
+    norm: keras.layers.BatchNormalization,
+    arrays: Mapping[str, NDArray[np.float16]],
+    name: str,
+    path: Path,
+) -> None:
+    """One layer of `load_folded_npz`."""
+    if f"{name}/kernel" not in arrays:
+        raise TrainingError(
+            f"{path} has no kernel for {name} ({convolution.name}): take the grid from an earlier block, such as mixed8"
+        )
+    kernel = arrays[f"{name}/kernel"].astype(np.float32)
+    bias = arrays[f"{name}/bias"].astype(np.float32)
+    if kernel.shape != tuple(convolution.kernel.shape) or bias.shape != kernel.shape[3:]:
+        raise TrainingError(
+            f"{path}: {name} is {kernel.shape} with a bias of {bias.shape}, the network needs "
+            f"{tuple(convolution.kernel.shape)}: is the width 1.0?"
+        )
+    convolution.set_weights([kernel])
+    norm.set_weights([bias, np.zeros_like(bias), np.full_like(bias, 1 - _BATCH_NORM_EPSILON)])
 
 
 def load_extractor_weights(model: keras.Model, weights: str) -> str:
@@ -296,7 +313,8 @@ def load_extractor_weights(model: keras.Model, weights: str) -> str:
     Args:
         model: The extractor.
         weights: ``imagenet`` (Keras downloads them; width 1.0 only), ``none`` (random initialisation stays), or a
-            path: ``.npz`` as `load_folded_npz` reads it, else a Keras weights file (``.weights.h5``) of this extractor.
+            path: ``.weights.h5`` of this extractor, another ``.h5`` of Keras' InceptionV3 without top (the very file
+            that Keras downloads; width 1.0 only), or ``.npz`` as `load_folded_npz` reads it.
 
     Returns:
         A key that changes whenever the weights do, for caches: SHA-256 of the weights.
@@ -305,25 +323,46 @@ def load_extractor_weights(model: keras.Model, weights: str) -> str:
         TrainingError: Weights that cannot be had, or do not fit.
     """
     if weights == "imagenet":
-        try:
-            source = keras.applications.InceptionV3(include_top=False, weights="imagenet")
-        except Exception as exc:  # Keras raises a bare Exception for a failed download
-            raise TrainingError(
-                f"Keras could not download the ImageNet weights ({exc}): give a weights file with --extractor-weights"
-            ) from exc
-        copy_weights(source, model)
+        _load_keras(model, weights)
     elif weights != "none":
         path = Path(weights)
         if not path.is_file():
             raise TrainingError(f"extractor weights {path} do not exist: give a file, 'imagenet' or 'none'")
         if path.suffix == ".npz":
             load_folded_npz(model, path)
+        elif path.name.endswith(".weights.h5"):
+            _load_own(model, path)
+        elif path.suffix == ".h5":
+            _load_keras(model, str(path))
         else:
-            try:
-                model.load_weights(path)
-            except (OSError, ValueError) as exc:
-                raise TrainingError(f"extractor weights {path} do not fit this extractor: {exc}") from exc
+            raise TrainingError(f"extractor weights {path} are of an unknown kind: give .weights.h5, .h5 or .npz")
     return weights_key(model)
+
+
+def _load_own(model: keras.Model, path: Path) -> None:
+    try:
+        with warnings.catch_warnings():
+            # Of a file that does not fit, Keras warns a dozen times before it raises.
+            warnings.simplefilter("ignore", UserWarning)
+            model.load_weights(path)
+    except (OSError, ValueError, KeyError) as exc:
+        raise TrainingError(f"extractor weights {path} do not fit this extractor: {first_line(exc)}") from exc
+
+
+def _load_keras(model: keras.Model, weights: str) -> None:
+    """Copy the weights of Keras' own InceptionV3: "imagenet", or such a file."""
+    if model.get_layer("conv_0").filters != _STEM_FILTERS:
+        raise TrainingError(f"the weights {weights} are of InceptionV3 at width 1.0, this extractor has another width")
+    try:
+        source = keras.applications.InceptionV3(include_top=False, weights=weights)
+    except Exception as exc:  # Keras raises a bare Exception for a failed download
+        if weights != "imagenet":
+            raise TrainingError(f"{weights} does not hold Keras' InceptionV3 without top: {first_line(exc)}") from exc
+        raise TrainingError(
+            f"Keras could not download the ImageNet weights ({first_line(exc)}): give a weights file with "
+            "--extractor-weights"
+        ) from exc
+    copy_weights(source, model)
 
 
 def weights_key(model: keras.Model) -> str:
