@@ -1,1 +1,58 @@
-"""caption-rt: a photo in, a sentence out, with ONNX Runtime and without TensorFlow."""
+"""caption-rt: a photo in, a sentence out, with ONNX Runtime and without TensorFlow.
+
+from caption_rt import Captioner
+
+captioner = Captioner.load()
+print(captioner.caption("photo.jpg").text)
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from caption_rt.errors import BundleError, CaptionError, EngineError, ImageError, OptionsError
+
+if TYPE_CHECKING:
+    from caption_rt.bundle import Bundle
+    from caption_rt.captioner import Caption, Captioner
+    from caption_rt.search import DecodeOptions, Stepper
+    from caption_rt.vocabulary import Vocabulary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "Caption",
+    "CaptionError",
+    "Captioner",
+    "DecodeOptions",
+    "EngineError",
+    "ImageError",
+    "OptionsError",
+    "Stepper",
+    "Vocabulary",
+    "__version__",
+]
+
+# Looked up when they are first used (PEP 562): importing the package costs neither NumPy nor ONNX Runtime, which
+# `caption-rt --help` and programs that caption rarely would otherwise pay for.
+_LAZY = {
+    "Bundle": "caption_rt.bundle",
+    "Caption": "caption_rt.captioner",
+    "Captioner": "caption_rt.captioner",
+    "DecodeOptions": "caption_rt.search",
+    "Stepper": "caption_rt.search",
+    "Vocabulary": "caption_rt.vocabulary",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

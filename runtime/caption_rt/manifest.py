@@ -184,12 +184,15 @@ class Manifest:
     graphs: Mapping[str, GraphSpec]
     """The three graphs: extractor, encoder, decoder."""
     image: ImageSpec
+    """How a photo is read."""
     grid: GridSpec
+    """What the extractor gives."""
     recurrence: str
     """"carry": the GRU's state goes on from word to word; "reset": it starts anew, as in the tutorial's code."""
     special_ids: Mapping[str, int]
     """Token ids of pad, unk, start and end."""
     decoding: DecodingSpec
+    """How it decodes by default."""
     training: Mapping[str, Any]
     """How and on what the model was trained."""
     scores: Mapping[str, Any]
@@ -197,6 +200,7 @@ class Manifest:
     versions: Mapping[str, str]
     """The versions of the packages that made it."""
     format_version: int = FORMAT_VERSION
+    """The format of the bundle."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without the files."""

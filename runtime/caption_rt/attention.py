@@ -1,0 +1,143 @@
+"""Attention plots: the photo once a word, with where the model looked. The only file that imports matplotlib."""
+
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from caption_rt.errors import CaptionError, OptionsError, printable
+from caption_rt.image import ImageSource, open_photo
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from caption_rt.captioner import Caption
+
+__all__ = ["PLOT_FORMATS", "check_plot_path", "plot_attention", "save_plot", "upsample"]
+
+PLOT_FORMATS = ("png", "svg", "pdf")
+"""What `save_plot` writes, by the ending of the file's name."""
+
+# Pixels on the long side of a photo in the plot: sharp on a screen, and a plot of 20 words stays below 2 MB.
+_PANEL_PIXELS = 400
+_PANEL_INCHES = 2.4
+_GLOW = np.array([0.22, 0.16, 0.04], np.float32)
+
+
+def plot_attention(photo: Image.Image, caption: "Caption") -> "Figure":
+    """Draw the photo once for each word, the places where the model looked for it bright and the others dark.
+
+    Each panel is scaled by its own word's strongest place, so that a word that looked everywhere can be told from one
+    that looked at one thing. A caption without words shows the photo alone.
+
+    Args:
+        photo: RGB, upright, of any size and aspect ratio.
+        caption: its caption.
+
+    Returns:
+        A figure of its own; pyplot's state is not touched.
+
+    Raises:
+        OptionsError: matplotlib is not installed.
+    """
+    figure_class = _figure_class()
+    small = photo.copy()
+    small.thumbnail((_PANEL_PIXELS, _PANEL_PIXELS))
+    panels = max(1, len(caption.words))
+    columns = math.ceil(math.sqrt(panels))
+    rows = math.ceil(panels / columns)
+    scale = _PANEL_INCHES / max(small.size)
+    # The words stand above the panels, the sentence above all.
+    size = columns * (small.width * scale + 0.15), rows * (small.height * scale + 0.4) + 0.4
+    figure = figure_class(figsize=size, dpi=150, layout="constrained")
+    figure.suptitle(caption.text or "(no words)", fontsize="medium", parse_math=False, wrap=True)
+    for index in range(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        if caption.words:
+            _draw_word(axes, small, caption.attention[index], f"{index + 1} {caption.words[index]}")
+        else:
+            axes.imshow(small)
+        axes.set_axis_off()
+    return figure
+
+
+def upsample(attention: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """One word's attention, smoothly enlarged over the photo.
+
+    Args:
+        attention: float32 [rows, columns].
+        size: width and height of the result in pixels.
+
+    Returns:
+        float32 [height, width], 0 to 1, the word's strongest place near 1.
+    """
+    image = Image.fromarray(np.ascontiguousarray(attention, dtype=np.float32))
+    # The cubic filter overshoots a little beside a peak.
+    enlarged = np.maximum(np.asarray(image.resize(size, Image.Resampling.BICUBIC)), 0)
+    strongest = enlarged.max()
+    return np.asarray(enlarged / strongest if strongest > 0 else enlarged, dtype=np.float32)
+
+
+def save_plot(image: ImageSource, caption: "Caption", path: str | os.PathLike[str]) -> None:
+    """Read the photo, plot its caption's attention and write the plot.
+
+    Args:
+        image: the photo that was captioned.
+        caption: its caption.
+        path: the file to write or replace; its ending is one of `PLOT_FORMATS`.
+
+    Raises:
+        OptionsError: another ending, or matplotlib is not installed.
+        ImageError: the photo cannot be read.
+        CaptionError: the file cannot be written.
+    """
+    target = check_plot_path(path)
+    # Twice the panel's size leaves enough for a good reduction.
+    figure = plot_attention(open_photo(image, at_least=2 * _PANEL_PIXELS), caption)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        figure.savefig(temporary, format=target.suffix[1:].lower())
+        os.replace(temporary, target)
+    except OSError as exc:
+        raise CaptionError(f"the plot {printable(target)} cannot be written: {printable(exc.strerror or exc)}") from exc
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_plot_path(path: str | os.PathLike[str]) -> Path:
+    """The path, if a plot can be written there: its ending is one of `PLOT_FORMATS`, and matplotlib is installed.
+
+    Raises:
+        OptionsError: one of them is not so.
+    """
+    _figure_class()
+    target = Path(path)
+    if target.suffix[1:].lower() not in PLOT_FORMATS:
+        endings = ", ".join(f".{name}" for name in PLOT_FORMATS)
+        raise OptionsError(f"a plot's name ends in one of {endings}, and {printable(target)} does not")
+    return target
+
+
+def _figure_class() -> "type[Figure]":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise OptionsError("plots need matplotlib, which is missing: pip install 'caption-rt[plot]' brings it") from exc
+    return Figure
+
+
+def _draw_word(axes: "Axes", photo: Image.Image, attention: NDArray[np.float32], title: str) -> None:
+    light = upsample(attention, photo.size)[..., None]
+    pixels = np.asarray(photo, dtype=np.float32) / 255
+    # Where it did not look, the photo is dark and grey; where it looked, it is as it is, in its colours, with a little
+    # warm light, without which black things would be black either way.
+    grey = pixels.mean(axis=2, keepdims=True) * 0.35
+    shown = grey + (pixels - grey) * light
+    axes.imshow(shown + (1 - shown) * _GLOW * light)
+    axes.set_title(title, fontsize="medium", parse_math=False)
