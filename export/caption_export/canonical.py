@@ -102,10 +102,10 @@ class _Rebuilt:
                 stack.pop()
 
     def _place(self, node: NodeProto) -> None:
-        if node.domain not in ("", "ai.onnx"):
-            raise ExportError(
-                f"the {self._name} graph has the operator {node.domain}.{node.op_type}: not standard ONNX"
-            )
+        # What tf2onnx cannot convert it leaves in the graph as it was in TensorFlow, and only logs.
+        if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type, OPSET):
+            operator = ".".join(filter(None, (node.domain, node.op_type)))
+            raise ExportError(f"the {self._name} graph has the operator {operator}, which is not standard ONNX")
         if any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
             raise ExportError(f"the {self._name} graph has control flow: {node.op_type}")
         if node.op_type == "Constant":

@@ -134,6 +134,8 @@ def _say_progress() -> None:
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     for package in ("caption_export", "caption_train", "caption_rt"):
         logging.getLogger(package).setLevel(logging.INFO)
+    # What it cannot convert it logs as an error, and the graph with it in is then refused with our own sentence.
+    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)
     # Before TensorFlow is imported, which reads them once.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")

@@ -19,6 +19,7 @@ from caption_export.card import CardFacts, model_card
 from caption_export.errors import ExportError
 from caption_export.graphs import build_graphs
 from caption_export.parity import BEAM_SIZES, Photo, Report, verify
+from caption_export.pipelines import TensorFlowPipeline
 from caption_export.selftest import selftest_json, selftest_photos, selftest_pngs
 from caption_rt import __version__
 from caption_rt.bundle import (
@@ -83,7 +84,8 @@ def export_bundle(
     pngs, size = selftest_pngs(), run.extractor_config.size
     compared = [*read_photos(photos, size), *selftest_photos(pngs, size)]
     graphs = build_graphs(run)
-    report = verify(run, graphs, compared, searches_with(default))
+    reference = TensorFlowPipeline(run)
+    report = verify(reference, graphs, compared, searches_with(default), run.vocabulary)
     rows, columns, channels = run.extractor.output_shape[1:]
     grid, scores, versions = GridSpec(rows, columns, channels), scores_of_checkpoint(run), made_with()
     card = CardFacts(
@@ -116,7 +118,7 @@ def export_bundle(
         contents={
             **{graph.spec.file: graph.data for graph in graphs.values()},
             VOCABULARY_FILE: _json(run.vocabulary.to_json()),
-            SELFTEST_FILE: _json(selftest_json(run, pngs, run.max_words)),
+            SELFTEST_FILE: _json(selftest_json(reference, pngs, size, run.max_words, run.vocabulary)),
             CARD_FILE: model_card(card).encode(),
         },
         overwrite=overwrite,

@@ -10,9 +10,8 @@ Shapes in comments: n photos, m rows, P places, C channels, E features, A attent
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -21,8 +20,7 @@ from tf2onnx import convert
 
 from caption_export.canonical import OPSET, canonical_model
 from caption_export.errors import ExportError
-from caption_rt.bundle import GraphSpec, TensorSpec
-from caption_train.model import CaptionModel
+from caption_rt.bundle import GRAPH_TENSORS, GraphSpec, TensorSpec
 from caption_train.runs import Run
 
 logger = logging.getLogger(__name__)
@@ -55,17 +53,24 @@ def build_graphs(run: Run) -> dict[str, ExportedGraph]:
     Raises:
         ExportError: The parts do not fit each other, or something in them has no standard ONNX operator.
     """
-    specs = graph_specs(run)
-    functions: dict[str, Function] = {
-        "extractor": _extractor(run),
-        "encoder": _encoder(run.model),
-        "decoder": _decoder(run.model),
-    }
-    graphs = {}
-    for name, function in functions.items():
-        logger.info("converting the %s", name)
-        graphs[name] = ExportedGraph(name, _convert(name, function, specs[name]), specs[name])
-    return graphs
+    graph_specs(run)  # what does not fit is said before the first conversion
+    return {name: build_graph(run, name) for name in GRAPH_TENSORS}
+
+
+def build_graph(run: Run, name: str) -> ExportedGraph:
+    """Convert one of a run's networks.
+
+    Args:
+        run: Extractor, model and vocabulary.
+        name: "extractor", "encoder" or "decoder".
+
+    Raises:
+        ExportError: As for `build_graphs`.
+    """
+    spec = graph_specs(run)[name]
+    logger.info("converting the %s", name)
+    makers = {"extractor": _extractor, "encoder": _encoder, "decoder": _decoder}
+    return ExportedGraph(name, _convert(name, makers[name](run), spec), spec)
 
 
 def graph_specs(run: Run) -> dict[str, GraphSpec]:
@@ -132,7 +137,8 @@ def _extractor(run: Run) -> Function:
     return extractor
 
 
-def _encoder(model: CaptionModel) -> Function:
+def _encoder(run: Run) -> Function:
+    model = run.model
     kernel, bias = model.encoder.fc.get_weights()
     key_kernel, key_bias = model.decoder.attention.W1.get_weights()
 
@@ -146,9 +152,10 @@ def _encoder(model: CaptionModel) -> Function:
     return encoder
 
 
-def _decoder(model: CaptionModel) -> Function:
+def _decoder(run: Run) -> Function:
     """One word. The GRU is that of Cho et al. 2014 with the reset gate after the product (Keras' reset_after)."""
-    decoder, units, carry = model.decoder, model.config.units, model.config.recurrence == "carry"
+    decoder, config = run.model.decoder, run.model.config
+    units, carry = config.units, config.recurrence == "carry"
     (embedding,) = decoder.embedding.get_weights()  # [V, E]
     query_kernel, query_bias = decoder.attention.W2.get_weights()  # [U, A]
     score_kernel, _ = decoder.attention.V.get_weights()  # [A, 1]; the softmax after it takes no notice of a bias
@@ -212,13 +219,3 @@ def _convert(name: str, function: Function, spec: GraphSpec) -> bytes:
     except Exception as exc:
         raise ExportError(f"the {name} cannot be converted to ONNX: {type(exc).__name__}: {exc}") from exc
     return canonical_model(model, name, spec)
-
-
-def contents_of(graphs: Mapping[str, ExportedGraph]) -> dict[str, bytes]:
-    """The graphs as a bundle's files: file name to bytes."""
-    return {graph.spec.file: graph.data for graph in graphs.values()}
-
-
-def specs_of(graphs: Mapping[str, ExportedGraph]) -> dict[str, Any]:
-    """The graphs as a manifest states them."""
-    return {name: graph.spec for name, graph in graphs.items()}

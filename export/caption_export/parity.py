@@ -21,7 +21,6 @@ from caption_export.pipelines import (
     OnnxPipeline,
     Pipeline,
     PipelineStepper,
-    TensorFlowPipeline,
     best_captions,
     search,
 )
@@ -29,7 +28,6 @@ from caption_export.structure import GraphReport, check_structure
 from caption_rt.bundle import GRAPH_TENSORS, TensorSpec
 from caption_rt.search import DecodeOptions, Hypothesis
 from caption_rt.vocabulary import Vocabulary
-from caption_train.runs import Run
 
 logger = logging.getLogger(__name__)
 
@@ -119,16 +117,21 @@ class Report:
 
 
 def verify(
-    run: Run, graphs: Mapping[str, ExportedGraph], photos: Sequence[Photo], searches: Sequence[DecodeOptions]
+    reference: Pipeline,
+    graphs: Mapping[str, ExportedGraph],
+    photos: Sequence[Photo],
+    searches: Sequence[DecodeOptions],
+    vocabulary: Vocabulary,
 ) -> Report:
     """Compare the exported graphs with the networks they came from.
 
     Args:
-        run: The networks.
+        reference: The networks in TensorFlow.
         graphs: What `caption_export.graphs.build_graphs` made of them.
         photos: At least one.
         searches: How to caption them in the end; the decoder is compared along the greedy captions of at most as many
             words as the first one allows.
+        vocabulary: For the special ids, and to show words that differ.
 
     Returns:
         What was compared.
@@ -140,13 +143,13 @@ def verify(
         raise ExportError("there is no photo to compare TensorFlow and ONNX Runtime on")
     logger.info("comparing with TensorFlow on %d photos", len(photos))
     checked = tuple(check_structure(graph) for graph in graphs.values())
-    reference, exported = TensorFlowPipeline(run), OnnxPipeline(graphs)
+    exported = OnnxPipeline(graphs)
     tensors = [
         report
-        for stage in _stages(reference, graphs, photos, run.vocabulary, searches[0].max_words)
+        for stage in _stages(reference, graphs, photos, vocabulary, searches[0].max_words)
         for report in _compare_stage(stage, reference, exported)
     ]
-    captions = [_compare_captions(reference, exported, photos, options, run.vocabulary) for options in searches]
+    captions = [_compare_captions(reference, exported, photos, options, vocabulary) for options in searches]
     return Report(tuple(photo.name for photo in photos), BATCH_SIZES, checked, tuple(tensors), tuple(captions))
 
 

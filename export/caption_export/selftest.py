@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from caption_export.parity import LOG_PROB_TOLERANCE, Photo
-from caption_export.pipelines import TensorFlowPipeline, best_captions
+from caption_export.pipelines import Pipeline, best_captions
 from caption_rt.image import read_photo
 from caption_rt.search import DecodeOptions
-from caption_train.runs import Run
+from caption_rt.vocabulary import Vocabulary
 
 _SIDE = 64
 
@@ -39,18 +39,21 @@ def selftest_photos(pngs: Mapping[str, bytes], size: int) -> list[Photo]:
     return [Photo(f"self-test image {name}", read_photo(png, size)) for name, png in pngs.items()]
 
 
-def selftest_json(run: Run, pngs: Mapping[str, bytes], max_words: int) -> dict[str, Any]:
+def selftest_json(
+    reference: Pipeline, pngs: Mapping[str, bytes], size: int, max_words: int, vocabulary: Vocabulary
+) -> dict[str, Any]:
     """The object of ``selftest.json``: images, and what TensorFlow makes of them by greedy search.
 
     Args:
-        run: The networks.
+        reference: The networks in TensorFlow.
         pngs: Name to PNG.
+        size: S of the extractor, in pixels.
         max_words: Captions are cut after so many words.
+        vocabulary: For the special ids.
     """
     options = DecodeOptions(max_words=max_words)
-    photos = selftest_photos(pngs, run.extractor_config.size)
-    images = np.stack([photo.pixels for photo in photos])
-    captions = best_captions(TensorFlowPipeline(run), images, options, run.vocabulary)
+    images = np.stack([photo.pixels for photo in selftest_photos(pngs, size)])
+    captions = best_captions(reference, images, options, vocabulary)
     return {
         "inputs": [{"name": name, "png_base64": base64.b64encode(png).decode()} for name, png in pngs.items()],
         "expected": [

@@ -1,0 +1,138 @@
+"""What the tests of the exporter share: a trained run of a few kB, and the photos to compare on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from caption_export.graphs import ExportedGraph
+    from caption_export.parity import Photo
+    from caption_train.runs import Run
+
+# Before TensorFlow is imported, which reads it once: what it says of its own set-up is not about the tests.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# These import TensorFlow at their head. Without it they are left out, unless nothing may be (see tests/conftest.py).
+if importlib.util.find_spec("tensorflow") is None and os.environ.get("CAPTION_RT_NO_SKIP") != "1":
+    collect_ignore_glob = [str(Path(__file__).with_name("test_*.py"))]
+
+MAX_WORDS = 6
+WORDS = "a black cat dog on the grass sits runs with red ball in blue sky two people water near small boat"
+
+
+def write_run(folder: Path, recurrence: str) -> None:
+    """A run folder as `caption-train` leaves it, of a tiny network with random weights.
+
+    No weight is zero and no normalisation neutral, as a fresh network's biases and means are: an exporter that left
+    them out would go unnoticed. They are drawn so that photos get different captions, and one of them ends by itself.
+    """
+    import keras
+    import tensorflow as tf
+
+    from caption_rt.vocabulary import Vocabulary
+    from caption_train.inception import ExtractorConfig, build_extractor, save_extractor
+    from caption_train.model import CaptionModel
+    from caption_train.training import TrainConfig, model_config
+
+    rng = np.random.default_rng(7)
+    extractor_config = ExtractorConfig(width=0.1, size=75, layer="mixed4")  # a grid of 3x3 places
+    keras.utils.set_random_seed(7)
+    extractor = build_extractor(extractor_config)
+    for layer in extractor.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            beta, mean, variance = (x.shape for x in layer.get_weights())
+            layer.set_weights([rng.normal(0, 0.02, beta), rng.normal(0, 0.02, mean), rng.uniform(0.3, 0.6, variance)])
+    save_extractor(extractor, extractor_config, folder)
+    vocabulary = Vocabulary.build([WORDS])
+    config = TrainConfig(embedding_dim=10, units=12, recurrence=recurrence, max_words=MAX_WORDS)
+    rows, columns, channels = extractor.output_shape[1:]
+    model = CaptionModel(model_config(config, rows * columns, channels, len(vocabulary)))
+    rng = np.random.default_rng(10)
+    spread = {channels: 0.4}  # of the encoder's kernel, whose inputs are larger than the others'
+    model.set_weights([rng.normal(0, spread.get(weight.shape[0], 1.2), weight.shape) for weight in model.get_weights()])
+    checkpoint = tf.train.Checkpoint(
+        encoder=model.encoder, decoder=model.decoder, step=tf.Variable(30, dtype=tf.int64, trainable=False)
+    )
+    for which in ("best", "last"):
+        tf.train.CheckpointManager(checkpoint, str(folder / which), max_to_keep=1).save(30)
+    record = {
+        "dataset": {"name": "drawn", "training_photos": 40, "training_captions": 200, "validation_photos": 10},
+        "training": asdict(config),
+        "extractor": {**asdict(extractor_config), "weights": "none"},
+    }
+    scores = {"validation": {"photos": 10, "checkpoint": "best", "beam_size": 1, "BLEU-4": 12.3456, "CIDEr": 0.4321}}
+    for name, content in (("run", record), ("vocabulary", vocabulary.to_json()), ("scores", scores)):
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run folder of a recurrence."""
+    made: dict[str, Path] = {}
+
+    def folder(recurrence: str) -> Path:
+        if recurrence not in made:
+            made[recurrence] = tmp_path_factory.mktemp(f"run-{recurrence}")
+            write_run(made[recurrence], recurrence)
+        return made[recurrence]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def opened(run_folder: Callable[[str], Path]) -> Callable[[str], Run]:
+    """The opened run of a recurrence."""
+    from caption_train.runs import open_run
+
+    runs: dict[str, Run] = {}
+
+    def run(recurrence: str) -> Run:
+        if recurrence not in runs:
+            runs[recurrence] = open_run(run_folder(recurrence))
+        return runs[recurrence]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def converted(opened: Callable[[str], Run]) -> Callable[[str], dict[str, ExportedGraph]]:
+    """The graphs of a recurrence; not to be changed."""
+    from caption_export.graphs import build_graphs
+
+    graphs: dict[str, dict[str, ExportedGraph]] = {}
+
+    def of(recurrence: str) -> dict[str, ExportedGraph]:
+        if recurrence not in graphs:
+            graphs[recurrence] = build_graphs(opened(recurrence))
+        return graphs[recurrence]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def run(opened: Callable[[str], Run]) -> Run:
+    """The run that carries its state."""
+    return opened("carry")
+
+
+@pytest.fixture(scope="session")
+def graphs(converted: Callable[[str], dict[str, ExportedGraph]]) -> dict[str, ExportedGraph]:
+    """Its graphs; not to be changed."""
+    return converted("carry")
+
+
+@pytest.fixture(scope="session")
+def compared(run: Run, photos: list[Path]) -> list[Photo]:
+    """The committed photos, read for the run's extractor."""
+    from caption_export.exporting import read_photos
+
+    return read_photos(photos, run.extractor_config.size)
