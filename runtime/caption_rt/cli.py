@@ -50,10 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _complain("interrupted")
         return _INTERRUPTED
-    except BrokenPipeError:
-        # `caption-rt ... | head -1`: the reader has what it wanted.
-        _drop_output()
-        return _PIPE_CLOSED
     except OSError as exc:
         _drop_output()
         _complain(f"the output cannot be written: {printable(exc.strerror or exc)}")
@@ -130,16 +126,16 @@ def _print_result(path: str, result: "Caption | ImageError", *, as_json: bool, a
         else:
             record = {"path": path, "status": "ok", **result.to_dict()}
         # Escaped to ASCII, so that every name, decodable or not, survives every terminal and pipe.
-        click.echo(json.dumps(record))
+        _echo(json.dumps(record))
     elif not isinstance(result, ImageError):
-        click.echo(result.text if alone else f"{printable(path)}\t{result.text}")
+        _echo(result.text if alone else f"{printable(path)}\t{result.text}")
 
 
 def _self_test(captioner: "Captioner", as_json: bool) -> int:
     result = captioner.self_test()
     name = captioner.bundle.manifest.name
     if as_json:
-        click.echo(
+        _echo(
             json.dumps(
                 {
                     "status": "ok",
@@ -152,7 +148,7 @@ def _self_test(captioner: "Captioner", as_json: bool) -> int:
             )
         )
     else:
-        click.echo(
+        _echo(
             f"self-test passed: {name}, {result.photos} photos on {result.provider}, log-probabilities within "
             f"{result.max_difference:.1g} ({result.tolerance:.1g} allowed)"
         )
@@ -162,6 +158,15 @@ def _self_test(captioner: "Captioner", as_json: bool) -> int:
 def _drop_output() -> None:
     """Send what is still buffered nowhere: Python would try to write it once more at exit, and report that."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _echo(line: str) -> None:
+    try:
+        click.echo(line)
+    except BrokenPipeError as exc:
+        # `caption-rt ... | head -1`: the reader has what it wanted.
+        _drop_output()
+        raise click.exceptions.Exit(_PIPE_CLOSED) from exc
 
 
 def _complain(message: str) -> None:

@@ -1,0 +1,287 @@
+"""The command, in real processes: what is printed where, exit codes, one bad photo among good ones."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import caption_rt
+from caption_rt import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def run(tmp_path, tiny_bundle):
+    """Run the command in a process of its own, in an empty folder, with the tiny bundle unless told otherwise."""
+
+    def call(*arguments, model=tiny_bundle, text=True, **keywords):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | keywords.pop("env", {})
+        chosen = [] if model is None else ["--model", model]
+        return subprocess.run(
+            [sys.executable, "-m", "caption_rt", *chosen, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=text,
+            check=False,
+            **keywords,
+        )
+
+    return call
+
+
+def complaints(done):
+    """The lines of standard error; each must be one of ours."""
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("caption-rt: error: ") for line in lines), done.stderr
+    return [line.removeprefix("caption-rt: error: ") for line in lines]
+
+
+def test_one_photo_prints_its_caption_alone(run, photos):
+    done = run(photos[2])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "in dog cat ball cat\n", "")
+
+
+def test_several_photos_print_path_tab_caption(run, photos):
+    done = run(*photos)
+    captions = [
+        "grass runs cat ball cat runs grass grass",
+        "dog grass grass ball cat ball cat runs",
+        "in dog cat ball cat",
+    ]
+    assert done.stdout == "".join(f"{path}\t{caption}\n" for path, caption in zip(photos, captions, strict=True))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_json_lines(run, photos):
+    done = run("--json", *photos[1:])
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["path"] for record in records] == [str(path) for path in photos[1:]]
+    assert records[1]["caption"] == "in dog cat ball cat"
+    assert records[1]["words"] == ["in", "dog", "cat", "ball", "cat"]
+    assert records[1]["log_prob"] == pytest.approx(-9.758206, abs=1e-4)
+    assert len(records[1]["word_log_probs"]) == 5
+    assert [record["status"] for record in records] == ["ok", "ok"]
+    assert [record["ended"] for record in records] == ["max_words", "end"]
+
+
+def test_beam_and_max_words(run, photos):
+    greedy = json.loads(run("--json", photos[0], "--max-words", "12").stdout)
+    beam = json.loads(run("--json", photos[0], "--max-words", "12", "--beam", "8").stdout)
+    assert beam["log_prob"] > greedy["log_prob"] + 0.1
+    assert run(photos[0], "--max-words", "2").stdout == "grass runs\n"
+
+
+def bad_photos(folder, good):
+    """Bad photos of each kind, by path, with what is said of them."""
+    data = good.read_bytes()
+    contents = {
+        "empty.jpg": (b"", "is empty (0 bytes)"),
+        "truncated.jpg": (data[: len(data) // 3], "is cut short or damaged"),
+        "text.jpg": (b"this is a text\n" * 50, "is not an image"),
+        "noise.png": (bytes(range(256)) * 9, "is not an image"),
+    }
+    for name, (content, _) in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder").mkdir()
+    sentences = {folder / name: sentence for name, (_, sentence) in contents.items()}
+    return sentences | {folder / "folder": "is a folder", folder / "missing.jpg": "does not exist"}
+
+
+def test_each_bad_photo_alone_is_one_sentence_and_exit_code_4(tiny_bundle, photos, tmp_path, capfd):
+    for path, sentence in bad_photos(tmp_path, photos[0]).items():
+        assert cli.main(["--model", str(tiny_bundle), str(path)]) == 4
+        printed = capfd.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith(f"caption-rt: error: {path} ")
+        assert sentence in printed.err
+        assert printed.err.count("\n") == 1
+
+
+def test_bad_photos_among_good_ones_cost_only_themselves(run, photos, tmp_path):
+    sentences = bad_photos(tmp_path, photos[0])
+    bad = list(sentences)
+    mixed = [*bad[:1], photos[0], *bad[1:4], photos[1], *bad[4:], photos[2]]
+    done = run(*mixed)
+    assert done.returncode == 4
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == [str(path) for path in photos]
+    assert len(complaints(done)) == len(sentences)
+    for line, (path, sentence) in zip(complaints(done), sentences.items(), strict=True):
+        assert line.startswith(f"{path} ")
+        assert sentence in line
+    records = [json.loads(line) for line in run("--json", *mixed).stdout.splitlines()]
+    assert [record["path"] for record in records] == [str(path) for path in mixed]
+    assert [record["status"] == "ok" for record in records] == [path in photos for path in mixed]
+    assert records[0]["caption"] is None
+    assert records[0]["error"] == {"class": "ImageError", "message": complaints(done)[0]}
+
+
+def test_names_with_odd_characters_keep_their_line(run, photos, tmp_path):
+    names = ["two\nlines.jpg", "tab\there.jpg", "\x1b[31mred.jpg", "Grüße 猫.jpg"]
+    if sys.platform == "linux":
+        names.append(os.fsdecode(b"undecodable\xff.jpg"))
+    for name in names:
+        shutil.copy(photos[2], tmp_path / name)
+    done = run(*names, "no\nsuch\x1b[2J.jpg", text=False)
+    lines = done.stdout.decode().splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["in dog cat ball cat"] * len(names)
+    shown = ["two\\nlines.jpg", "tab\\there.jpg", "\\x1b[31mred.jpg", "Grüße 猫.jpg", "undecodable\\udcff.jpg"]
+    assert [line.split("\t")[0] for line in lines] == shown[: len(names)]
+    assert done.stderr == b"caption-rt: error: no\\nsuch\\x1b[2J.jpg does not exist: check the path\n"
+    records = [json.loads(line) for line in run("--json", *names).stdout.splitlines()]
+    assert [record["path"] for record in records] == names
+
+
+def test_a_terminal_without_unicode(run, photos, tmp_path):
+    shutil.copy(photos[2], tmp_path / "猫.jpg")
+    done = run("猫.jpg", "猫.jpg", "犬.jpg", text=False, env={"PYTHONIOENCODING": "latin-1"})
+    assert done.stdout == b"\\u732b.jpg\tin dog cat ball cat\n" * 2
+    assert done.stderr == b"caption-rt: error: \\u72ac.jpg does not exist: check the path\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "name at least one photo, or --self-test alone"),
+        (["--self-test", "a.jpg"], "name at least one photo, or --self-test alone"),
+        (["--nonsense", "a.jpg"], "No such option"),
+        (["a.jpg", "--beam", "many"], "'many' is not a valid integer"),
+        (["a.jpg", "--beam", "0"], "beam_size must be a whole number from 1 to 1000, not 0"),
+        (["a.jpg", "--max-words", "-3"], "max_words must be a whole number from 1 to 1000, not -3"),
+        (["a.jpg", "--device", "gpu"], "the device is one of auto, cpu, cuda, not 'gpu'"),
+        (["a.jpg", "b.jpg", "--plot", "p.png"], "--plot takes one photo"),
+        (["--self-test", "--plot", "p.png"], "--plot takes one photo"),
+        (["a.jpg", "--plot", "p.gif"], "a plot's name ends in one of .png, .svg, .pdf, and p.gif does not"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(run, arguments, sentence):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = complaints(done)
+    assert sentence in line
+
+
+def test_a_bad_bundle_is_one_sentence_and_exit_code_3(run, photos, tiny_bundle, tmp_path):
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    graph = bytearray((copy / "encoder.onnx").read_bytes())
+    graph[100] ^= 1
+    (copy / "encoder.onnx").write_bytes(graph)
+    (tmp_path / "not.zip").write_text("no bundle")
+    for model, sentence in {
+        copy: "encoder.onnx is damaged or was changed",
+        tmp_path / "nothing": "does not exist",
+        tmp_path / "not.zip": "is not a bundle",
+        photos[0]: "is not a bundle",
+    }.items():
+        done = run(photos[0], model=model)
+        assert (done.returncode, done.stdout) == (3, "")
+        (line,) = complaints(done)
+        assert sentence in line
+    assert run("--self-test", model=copy).returncode == 3
+
+
+def test_a_device_that_is_not_there_is_one_sentence_and_exit_code_5(run, photos):
+    # No driver is found where the loader finds no libcuda; a machine with a GPU would caption.
+    done = run(photos[0], "--device", "cuda", env={"CUDA_VISIBLE_DEVICES": ""})
+    assert (done.returncode, done.stdout) == (5, "")
+    (line,) = complaints(done)
+    assert line.startswith("CUDA cannot be used: ")
+
+
+def test_the_self_test(run, tiny_bundle, tmp_path):
+    done = run("--self-test", "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("self-test passed: tiny, 2 photos on CPUExecutionProvider, log-probabilities within ")
+    record = json.loads(run("--self-test", "--json", "--device", "cpu").stdout)
+    assert (record["status"], record["photos"], record["tolerance"]) == ("ok", 2, 0.001)
+    shutil.make_archive(str(tmp_path / "zipped"), "zip", tiny_bundle)
+    assert run("--self-test", model="zipped.zip").stdout.startswith("self-test passed")
+
+
+def test_a_plot(run, photos, tmp_path):
+    pytest.importorskip("matplotlib")
+    done = run(photos[1], "--plot", "attention.png")
+    assert (done.returncode, done.stdout) == (0, "dog grass grass ball cat ball cat runs\n")
+    with Image.open(tmp_path / "attention.png") as plot:
+        assert min(plot.size) > 500
+    assert os.listdir(tmp_path) == ["attention.png"]
+    done = run(photos[1], "--plot", "missing/attention.png")
+    assert (done.returncode, done.stdout) == (1, "dog grass grass ball cat ball cat runs\n")
+    assert complaints(done) == ["the plot missing/attention.png cannot be written: No such file or directory"]
+    done = run("none.jpg", "--plot", "none.png")
+    assert done.returncode == 4
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_version_and_help_are_quick(run):
+    done = run("--version", model=None)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"caption-rt {caption_rt.__version__}\n", "")
+    for option in ("--help", "-h"):
+        text = run(option, model=None).stdout
+        assert text.startswith("Usage: caption-rt [OPTIONS] IMAGE...\n")
+        for name in ("--json", "--model", "--device", "--beam", "--max-words", "--plot", "--self-test", "--version"):
+            assert f"{name} " in text
+
+
+def test_the_distributions_version_is_the_packages():
+    """There is one place for it, so the two cannot differ."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert settings["project"]["dynamic"] == ["version"]
+    assert settings["tool"]["hatch"]["version"]["path"] == "runtime/caption_rt/__init__.py"
+    assert caption_rt.__version__ in (ROOT / "runtime" / "caption_rt" / "__init__.py").read_text()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_sentence(tiny_bundle, photos):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "caption_rt", "--model", tiny_bundle, *photos],
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert complaints(done) == ["the output cannot be written: No space left on device"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")
+def test_a_reader_that_leaves_early_ends_the_run_quietly(tiny_bundle, photos):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "caption_rt", "--model", tiny_bundle, *photos],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 141
+
+
+def test_main_returns_its_code_and_never_exits(tiny_bundle, photos, capsys):
+    assert cli.main(["--model", str(tiny_bundle), str(photos[2])]) == 0
+    assert capsys.readouterr() == ("in dog cat ball cat\n", "")
+    assert cli.main(["--model", str(tiny_bundle), "missing.jpg"]) == 4
+    assert cli.main(["--beam"]) == 2
+    assert cli.main(["--version"]) == 0
+
+
+def test_ctrl_c_ends_with_130(monkeypatch, tiny_bundle, photos, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("caption_rt.captioner.Captioner.caption_many", interrupt)
+    assert cli.main(["--model", str(tiny_bundle), str(photos[0])]) == 130
+    assert capsys.readouterr().err.strip() == "caption-rt: error: interrupted"
