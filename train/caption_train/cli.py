@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,115 +15,124 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from caption_rt import __version__
-from caption_rt.errors import CaptionError, OptionsError
+from caption_rt.errors import OptionsError, printable
+from caption_train.console import quiet_stderr, run_command
 from caption_train.datasets import Dataset, load_dataset, photos_in
 
 if TYPE_CHECKING:
     from caption_train.runs import Evaluation
 
+logger = logging.getLogger(__name__)
+
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _PATH = click.Path(path_type=Path)
+_COUNT = click.IntRange(1)
 
 
-class _Group(click.Group):
-    """Turns this project's errors into one line on stderr and their exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except CaptionError as exc:
-            click.echo(f"caption-train: error: {exc}", err=True)
-            ctx.exit(exc.exit_code)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see `caption_train.console.run_command`."""
+    return run_command(command, "caption-train", arguments)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.version_option(__version__, prog_name="caption-train")
-@click.option("-v", "--verbose", is_flag=True, help="Say more of what goes on, on stderr.")
-def main(verbose: bool) -> None:
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="caption-train", message="%(prog)s %(version)s")
+@click.option("-v", "--verbose", is_flag=True, help="Show what TensorFlow says as well.")
+def command(verbose: bool) -> None:
     """Train an image captioner: InceptionV3, Bahdanau attention, GRU ("Show, Attend and Tell").
 
-    Exit codes: 0 done, 2 options, 4 photo, 6 data set, 7 training, 130 interrupted.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("caption_train").setLevel(logging.DEBUG if verbose else logging.INFO)
+    \b
+      caption-train train Flickr8k runs/first       train, and go on after a stop
+      caption-train evaluate Flickr8k runs/first    scores, and captions beside real ones
+      caption-export runs/first my-bundle ...       make a bundle of it for caption-rt
+
+    Exit codes: 0 done, 1 disk, 2 options, 3 vocabulary, 4 photo, 6 data set, 7 training, 130 interrupted (Ctrl-C).
+    """  # noqa: D301 - \b is click's mark for lines that stay as they are
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("caption_train").setLevel(logging.INFO)
     # Before TensorFlow is imported, which reads them once. oneDNN is off by default on processors without AVX-512,
     # where it makes training an extractor twice as fast.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    if not verbose:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 
-def _data_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that name a data set, and what of it to take."""
-    for decorate in (
-        click.argument("data", type=_PATH),
-        click.option(
-            "--images", type=_PATH, help="Folder of the photos; for Flickr8k found beside the captions if not given."
-        ),
-        click.option("--limit", type=click.IntRange(min=2), help="Take so many photos (the tutorial: 6000)."),
-        click.option(
-            "--validation-share",
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            default=0.2,
-            help="Share of the photos to validate on, where the set has no split of its own.",
-        ),
-        click.option(
-            "--max-missing-share",
-            type=click.FloatRange(0, 1),
-            default=0.0,
-            help="Go on as long as no more than this share of the photos is missing.",
-        ),
-        click.option("--data-seed", type=int, default=0, help="Seed of limit and split."),
-    )[::-1]:
-        command = decorate(command)
-    return command
+def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+    """Several click decorators as one, first to last."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for decorator in decorators[::-1]:
+            function = decorator(function)
+        return function
+
+    return decorate
 
 
-def _load(
-    data: Path,
-    images: Path | None,
-    limit: int | None,
-    validation_share: float,
-    max_missing_share: float,
-    data_seed: int,
-) -> tuple[Dataset, dict[str, Any]]:
-    """The data set, and the choices that made it, for ``run.json``."""
-    dataset = load_dataset(
-        data,
-        images=images,
-        limit=limit,
-        seed=data_seed,
-        validation_share=validation_share,
-        max_missing_share=max_missing_share,
-    )
-    return dataset, {"limit": limit, "seed": data_seed, "validation_share": validation_share}
+_data_options = _options(
+    click.argument("data", type=_PATH),
+    click.argument("run", type=_FOLDER),
+    click.option("--images", type=_PATH, help="Folder of the photos; Flickr8k's is found beside its captions."),
+    click.option(
+        "--max-missing-share",
+        type=click.FloatRange(0, 1),
+        default=0.0,
+        help="Go on as long as no more than this share of the photos is missing.",
+    ),
+    click.option(
+        "--cache", type=_FOLDER, help="Folder of the grid features, which runs may share.  [default: RUN/grids]"
+    ),
+)
 
 
-@main.command()
+@command.command()
 @_data_options
-@click.argument("run", type=_FOLDER)
-@click.option("--cache", type=_FOLDER, help="Folder of the grid features; RUN/grids if not given.")
+@click.option("--limit", type=click.IntRange(min=2), help="Take so many photos (the tutorial: 6000).  [default: all]")
+@click.option(
+    "--validation-share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.2,
+    help="Share of the photos to validate on, where the set has no split of its own.",
+)
+@click.option("--data-seed", type=int, default=0, help="Decides which photos --limit and --validation-share take.")
 @click.option(
     "--extractor-weights",
+    metavar="imagenet|none|FILE|FOLDER",
     default="imagenet",
-    help="'imagenet' (Keras downloads them), 'none' (random), a weights file, or a folder from 'distill'.",
+    help="What the extractor starts with, and keeps: 'imagenet' (Keras downloads them), 'none' (random: to try things "
+    "out), a weights file, or a folder that 'distill' wrote.",
 )
-@click.option("--width", type=float, default=1.0, help="Width multiplier of InceptionV3.")
-@click.option("--size", type=int, default=299, help="Pixels to a side of the photo that the network sees.")
-@click.option("--layer", default="mixed10", help="Block of InceptionV3 whose output is the grid.")
-@click.option("--epochs", type=int, default=20)
-@click.option("--batch-size", type=int, default=64, help="Captions a step.")
-@click.option("--learning-rate", type=float, default=1e-3)
-@click.option("--schedule", type=click.Choice(["cosine", "constant"]), default="cosine")
-@click.option("--dropout", type=float, default=0.3)
-@click.option("--vocabulary", type=int, default=5000, help="Words beside the special ones.")
-@click.option("--max-words", type=int, default=40, help="Cut longer captions.")
-@click.option("--embedding-dim", type=int, default=256)
-@click.option("--units", type=int, default=512)
-@click.option("--recurrence", type=click.Choice(["carry", "reset"]), default="carry", help="'reset' is the tutorial's.")
-@click.option("--checkpoint-steps", type=int, default=500)
-@click.option("--seed", type=int, default=0)
+@click.option("--width", type=float, help="Width multiplier of InceptionV3.  [default: 1.0, or as FOLDER has it]")
+@click.option(
+    "--size", type=int, help="Pixels to a side of the photo as it is seen.  [default: 299, or as FOLDER has it]"
+)
+@click.option(
+    "--layer", help="Block whose output is the grid, mixed0 to mixed10.  [default: mixed10, or as FOLDER has it]"
+)
+@click.option("--vocabulary", type=_COUNT, default=5000, help="Most frequent words kept, beside the special ones.")
+@click.option("--max-words", type=_COUNT, default=40, help="Longer captions are cut, in training and afterwards.")
+@click.option("--embedding-dim", type=_COUNT, default=256, help="Size of a word's embedding and of a place's features.")
+@click.option("--units", type=_COUNT, default=512, help="Units of GRU, attention and first output layer.")
+@click.option(
+    "--recurrence",
+    type=click.Choice(["carry", "reset"]),
+    default="carry",
+    help="Whether the GRU's state goes on from word to word; 'reset' is what the tutorial's code does.",
+)
+@click.option("--epochs", type=_COUNT, default=20, help="Passes over all captions.")
+@click.option("--batch-size", type=_COUNT, default=64, help="Captions a step.")
+@click.option(
+    "--learning-rate", type=float, default=1e-3, help="Adam's; the highest one where it falls along a cosine."
+)
+@click.option(
+    "--schedule", type=click.Choice(["cosine", "constant"]), default="cosine", help="'constant' is the tutorial's."
+)
+@click.option("--dropout", type=float, default=0.3, help="On word embeddings and GRU outputs; the tutorial has 0.")
+@click.option("--clip-norm", type=float, default=5.0, help="Gradients are scaled down to this norm.")
+@click.option(
+    "--checkpoint-steps", type=_COUNT, default=500, help="Steps between checkpoints; epochs end with one too."
+)
+@click.option("--seed", type=int, default=0, help="Of weights, order and dropout.")
 @click.option(
     "--until",
     type=click.Choice(["features", "training", "scores"]),
@@ -134,30 +143,29 @@ def train(
     data: Path,
     run: Path,
     images: Path | None,
-    limit: int | None,
-    validation_share: float,
     max_missing_share: float,
-    data_seed: int,
     cache: Path | None,
     extractor_weights: str,
-    width: float,
-    size: int,
-    layer: str,
     until: str,
     **options: Any,
 ) -> None:
-    """Train on the captions of DATA, in the folder RUN; call again to go on after a stop.
+    """Train on the captions of DATA, in the folder RUN; after a stop, the same command goes on.
 
-    DATA is the folder of Flickr8k (Flickr8k.token.txt and, if there, the split lists) or a COCO caption JSON. Stages:
-    grid features, vocabulary, training, scores on the validation photos.
+    DATA is Flickr8k's folder (Flickr8k.token.txt and, if there, the lists of its split) or a COCO caption JSON, whose
+    photos --images names. RUN is made if it is not there.
+
+    The stages are grid features, vocabulary, training, and scores on the validation photos. The scores are printed;
+    RUN keeps checkpoints, history.jsonl and loss.png.
     """
-    dataset, choices = _load(data, images, limit, validation_share, max_missing_share, data_seed)
-    from caption_train.inception import ExtractorConfig
-    from caption_train.runs import prepare, start_run, trainer_of
-    from caption_train.training import TrainConfig
+    choices = {"limit": options["limit"], "seed": options["data_seed"], "validation_share": options["validation_share"]}
+    dataset = load_dataset(data, images=images, max_missing_share=max_missing_share, **choices)
+    with quiet_stderr():
+        from caption_train.runs import prepare, start_run, trainer_of
+        from caption_train.training import TrainConfig
 
     config = TrainConfig(**{field.name: options[field.name] for field in fields(TrainConfig)})
-    start_run(run, dataset, config, ExtractorConfig(width, size, layer), extractor_weights, facts=choices)
+    asked = {name: options[name] for name in ("width", "size", "layer") if options[name] is not None}
+    start_run(run, dataset, config, extractor_weights, extractor_options=asked, choices=choices)
     cache = cache or run / "grids"
     if until == "features":
         prepare(run, dataset, cache)
@@ -166,63 +174,77 @@ def train(
     with _steps(trainer.total_steps, int(trainer.step)) as on_step:
         trainer.run(on_step)
     if until == "scores":
-        _print_scores(_evaluate(run, dataset, "validation", cache, "best", 1, 0.0, None))
+        _print_scores(_evaluate(run, dataset, "validation", cache, "best", {}))
 
 
-@main.command()
+@command.command()
 @_data_options
-@click.argument("run", type=_FOLDER)
-@click.option("--cache", type=_FOLDER, help="Folder of the grid features; RUN/grids if not given.")
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="validation")
-@click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best")
-@click.option("--beam", type=click.IntRange(1), default=1, help="Beam size; 1 is greedy.")
-@click.option("--length-penalty", type=float, default=0.0, help="Alpha of Wu et al. 2016, equation 14.")
-@click.option("--show", type=click.IntRange(0), default=5, help="So many photos' captions beside the real ones.")
-@click.option("--json", "as_json", is_flag=True, help="Scores and all captions as one JSON object.")
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="validation", help="Which photos.")
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    help="The one with the lowest validation loss, or the last one.",
+)
+@click.option("--beam", "beam_size", type=_COUNT, default=1, help="Captions searched side by side; 1 is greedy.")
+@click.option(
+    "--length-penalty", type=float, default=0.0, help="More favours longer captions (Wu et al. 2016, eq. 14)."
+)
+@click.option("--max-words", type=_COUNT, help="Cut captions after so many.  [default: as in training]")
+@click.option("--show", type=click.IntRange(0), default=5, help="Photos whose captions are shown beside the real ones.")
+@click.option("--json", "as_json", is_flag=True, help="Print scores and all captions as one JSON object.")
 def evaluate(
     data: Path,
     run: Path,
+    images: Path | None,
+    max_missing_share: float,
     cache: Path | None,
     split: str,
     checkpoint: str,
-    beam: int,
-    length_penalty: float,
     show: int,
     as_json: bool,
-    **choices: Any,
+    **decoding: Any,
 ) -> None:
-    """Print BLEU-1 to 4, ROUGE-L and CIDEr of RUN on a split of DATA, and generated beside real captions."""
-    dataset, _ = _load(data, **choices)
-    evaluation = _evaluate(run, dataset, split, cache or run / "grids", checkpoint, beam, length_penalty, None)
+    """Print BLEU-1 to 4, ROUGE-L and CIDEr of RUN on a split of DATA, and generated beside real captions.
+
+    What of DATA belongs to which split is as it was when RUN was trained (--limit, --validation-share, --data-seed).
+    """
+    with quiet_stderr():
+        from caption_train.runs import data_choices
+    dataset = load_dataset(data, images=images, max_missing_share=max_missing_share, **data_choices(run))
+    evaluation = _evaluate(run, dataset, split, cache or run / "grids", checkpoint, decoding)
+    pairs = list(zip(evaluation.images, evaluation.captions, strict=True))
     if as_json:
         rows = [
             {"path": str(image.path), "caption": caption, "references": list(image.captions)}
-            for image, caption in zip(evaluation.images, evaluation.captions, strict=True)
+            for image, caption in pairs
         ]
         click.echo(json.dumps({"scores": evaluation.scores, "captions": rows}))
         return
     _print_scores(evaluation)
-    shown = max(1, len(evaluation.images) // show) if show else 1
-    for image, caption in list(zip(evaluation.images, evaluation.captions, strict=True))[::shown][:show]:
-        click.echo(f"\n{image.path.name}\n  generated  {caption}")
+    for image, caption in pairs[:: max(1, len(pairs) // max(1, show))][:show]:
+        click.echo(f"\n{printable(image.path.name)}\n  generated  {caption}")
         for reference in image.captions:
             click.echo(f"  real       {reference}")
 
 
-@main.command()
+@command.command()
 @click.argument("photos", nargs=-1, required=True, type=_PATH)
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the run and the finished extractor.")
-@click.option("--cache", type=_FOLDER, help="Folder of the teacher's grids; OUT/teacher if not given.")
+@click.option("--cache", type=_FOLDER, help="Folder of the teacher's grids.  [default: OUT/teacher]")
 @click.option("--exclude", type=_PATH, help="A list of file names, one a line, that must stay unseen.")
-@click.option("--teacher-weights", default="imagenet", help="'imagenet' or a weights file.")
-@click.option("--teacher-layer", default="mixed10")
+@click.option(
+    "--teacher-weights", metavar="imagenet|FILE", default="imagenet", help="'imagenet' (downloaded) or a weights file."
+)
+@click.option("--teacher-layer", default="mixed10", help="Block of the teacher that is reproduced, mixed0 to mixed10.")
 @click.option("--width", type=float, default=0.25, help="Width multiplier of the student.")
-@click.option("--size", type=int, default=299, help="Pixels to a side, for both.")
-@click.option("--epochs", type=int, default=10)
-@click.option("--views", type=int, default=2, help="Views of each photo: the whole, and crops.")
-@click.option("--batch-size", type=int, default=64)
-@click.option("--learning-rate", type=float, default=2e-3)
-@click.option("--seed", type=int, default=0)
+@click.option("--size", type=int, default=299, help="Pixels to a side of the photos, for both.")
+@click.option("--epochs", type=_COUNT, default=10, help="Passes over all views.")
+@click.option("--views", type=_COUNT, default=2, help="Views of each photo: the whole, and crops.")
+@click.option("--batch-size", type=_COUNT, default=64, help="Views a step.")
+@click.option("--learning-rate", type=float, default=2e-3, help="The highest; it falls along a cosine.")
+@click.option("--checkpoint-steps", type=_COUNT, default=100, help="Steps between checkpoints.")
+@click.option("--seed", type=int, default=0, help="Of weights, held-out photos, order and augmentation.")
 def distill(
     photos: tuple[Path, ...],
     out: Path,
@@ -236,17 +258,15 @@ def distill(
 ) -> None:
     """Train a small extractor to reproduce a large one's grid, on the photos of the folders PHOTOS (no captions).
 
-    Give OUT to 'train' as --extractor-weights. Call again to go on after a stop.
+    Give OUT to 'train' as --extractor-weights. After a stop, the same command goes on.
     """
     paths = [path for folder in photos for path in photos_in(folder)]
     if exclude is not None:
-        try:
-            unseen = set(exclude.read_text(encoding="utf-8").split())
-        except (OSError, UnicodeDecodeError) as exc:
-            raise OptionsError(f"--exclude {exclude} cannot be read: {exc}") from exc
+        unseen = _lines(exclude, "--exclude")
         paths = [path for path in paths if path.name not in unseen]
-    from caption_train.distill import DistillConfig, run_distillation
-    from caption_train.inception import ExtractorConfig
+    with quiet_stderr():
+        from caption_train.distill import DistillConfig, run_distillation
+        from caption_train.inception import ExtractorConfig
 
     run_distillation(
         paths,
@@ -258,34 +278,43 @@ def distill(
         cache or out / "teacher",
         _steps,
     )
-    click.echo(out)
+    click.echo(printable(out))
+
+
+def _lines(path: Path, option: str) -> set[str]:
+    try:
+        return {line.strip() for line in path.read_text(encoding="utf-8").splitlines()}
+    except OSError as exc:
+        raise OptionsError(f"{option} {path} cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise OptionsError(f"{option} {path} is not UTF-8 text") from exc
+
+
+@contextlib.contextmanager
+def _bar(label: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on stderr, where that is a terminal; yields what moves it on and names it anew."""
+    if not sys.stderr.isatty():
+        yield lambda count, label: None
+        return
+    with click.progressbar(length=total, label=label, show_pos=True, file=sys.stderr) as bar:
+        bar.update(done)
+
+        def advance(count: int, label: str) -> None:
+            bar.label = label
+            bar.update(count)
+
+        yield advance
 
 
 @contextlib.contextmanager
 def _steps(total: int, done: int) -> Iterator[Callable[[int, float], None]]:
-    """A progress bar with the loss on a terminal's stderr; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda step, loss: None
-        return
-    with click.progressbar(length=total, label="training", show_pos=True, file=sys.stderr) as bar:
-        bar.update(done)
-
-        def on_step(step: int, loss: float) -> None:
-            bar.label = f"training, loss {loss:.3f}"
-            bar.update(1)
-
-        yield on_step
+    """A progress bar over training steps, with the loss."""
+    with _bar("training", total, done) as advance:
+        yield lambda step, loss: advance(1, f"training, loss {loss:.3f}")
 
 
 def _evaluate(
-    run: Path,
-    dataset: Dataset,
-    split: str,
-    cache: Path,
-    checkpoint: str,
-    beam: int,
-    length_penalty: float,
-    max_words: int | None,
+    run: Path, dataset: Dataset, split: str, cache: Path, checkpoint: str, decoding: dict[str, Any]
 ) -> Evaluation:
     """Caption a split, and write its scores into the run folder."""
     from caption_rt.search import DecodeOptions
@@ -295,10 +324,13 @@ def _evaluate(
     if not images:
         raise OptionsError(f"the data set {dataset.name} has no {split} split")
     trained = open_run(run, checkpoint)
-    options = DecodeOptions(beam_size=beam, length_penalty=length_penalty, max_words=max_words or trained.max_words)
-    evaluation = evaluate(trained, images, cache, options)
-    record_scores(run, split, evaluation, options, checkpoint)
-    return evaluation
+    given = {name: value for name, value in decoding.items() if value is not None}
+    options = DecodeOptions(**{"max_words": trained.max_words, **given})
+    with _bar("captions", len(images)) as advance:
+        found = evaluate(trained, images, cache, options, on_photos=lambda count: advance(count, "captions"))
+    if not record_scores(trained, dataset, split, found, options):
+        logger.warning("not the data that %s was trained on: its scores.json stays as it is", run)
+    return found
 
 
 def _print_scores(evaluation: Evaluation) -> None:

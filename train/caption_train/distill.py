@@ -28,10 +28,19 @@ import tensorflow as tf
 from numpy.typing import NDArray
 from PIL import Image
 
+from caption_rt.errors import OptionsError
 from caption_rt.image import open_photo, read_photo
 from caption_train.cache import ABSENT, GridCache
+from caption_train.checkpoints import Checkpoints, tensorflow_errors
 from caption_train.errors import TrainingError
-from caption_train.files import append_json_line, write_json
+from caption_train.files import (
+    append_json_line,
+    read_json,
+    read_json_lines,
+    refuse_other_options,
+    rewrite_json_lines,
+    write_json,
+)
 from caption_train.inception import (
     DISTILLATION,
     ExtractorConfig,
@@ -48,6 +57,8 @@ logger = logging.getLogger(__name__)
 _CROP_AREA = (0.35, 1.0)
 _CROP_ASPECT = (3 / 4, 4 / 3)
 _LOOK_AHEAD = 4  # batches read while the network is busy
+_KEPT_CHECKPOINTS = 2
+_OPTIONS, _HISTORY = "options.json", "distill.jsonl"
 
 
 @dataclass(frozen=True)
@@ -75,21 +86,29 @@ class DistillConfig:
         """Check the values.
 
         Raises:
-            TrainingError: A number that is not positive.
+            OptionsError: A number out of its range.
         """
-        for name in ("epochs", "views", "batch_size", "learning_rate", "validation", "checkpoint_steps"):
-            if getattr(self, name) <= 0:
-                raise TrainingError(f"distillation: {name} must be positive, not {getattr(self, name)}")
+        for name in ("epochs", "views", "batch_size", "validation", "checkpoint_steps"):
+            if getattr(self, name) < 1:
+                raise OptionsError(f"distillation: {name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise OptionsError(f"distillation: learning_rate must be a positive number, not {self.learning_rate}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise OptionsError(f"distillation: weight_decay must not be below 0, as {self.weight_decay} is")
 
 
 @dataclass(frozen=True)
-class _Views:
-    """What a student learns from: parallel arrays over views, and where the grids are."""
+class Views:
+    """One view of each photo, and what the teacher says about it."""
 
     paths: tuple[Path, ...]
+    """The photos that can be read."""
     view: int
+    """Which view, as `read_view` numbers them."""
     rows: NDArray[np.int64]
+    """The rows of the teacher's grids in the cache, int64 [len(paths)]."""
     cache: GridCache
+    """Where the grids are."""
 
 
 def read_view(path: Path, size: int, view: int) -> NDArray[np.uint8]:
@@ -125,20 +144,20 @@ def teacher_views(
     photos: Sequence[Path],
     views: int,
     cache_folder: Path,
-) -> list[_Views]:
+) -> list[Views]:
     """Compute, or find in the cache, what the teacher says about every view of every photo.
 
     Raises:
         TrainingError: The cache cannot be written.
     """
     rows, columns, channels = teacher.output_shape[1:]
-    found = []
+    weights, found = weights_key(teacher), []
     for view in range(views):
-        key = f"{weights_key(teacher)} {asdict(config)} view {view}"
+        key = f"{weights} {asdict(config)} view {view}"
         cache = GridCache.open(cache_folder, key, (rows * columns, channels))
         indices = cache.fill(photos, extract_with(teacher), read=partial(read_view, size=config.size, view=view))
         readable = [int(i) for i in np.flatnonzero(indices != ABSENT)]
-        found.append(_Views(tuple(photos[i] for i in readable), view, indices[readable], cache))
+        found.append(Views(tuple(photos[i] for i in readable), view, indices[readable], cache))
         logger.info("teacher: view %d of %d, %d photos", view + 1, views, len(readable))
     return found
 
@@ -146,7 +165,7 @@ def teacher_views(
 class Distillation:
     """One run: the student, the linear map on top of it, the optimiser and their checkpoints."""
 
-    def __init__(self, student: ExtractorConfig, config: DistillConfig, views: Sequence[_Views], folder: Path) -> None:
+    def __init__(self, student: ExtractorConfig, config: DistillConfig, views: Sequence[Views], folder: Path) -> None:
         """Build everything and go back to the last checkpoint, if the folder has one.
 
         Args:
@@ -186,10 +205,9 @@ class Distillation:
         self._variables = [*self.student.trainable_variables, *self.head.trainable_variables]
         self.optimizer.build(self._variables)
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
-        checkpoint = tf.train.Checkpoint(student=self.student, head=self.head, optimizer=self.optimizer, step=self.step)
-        self.manager = tf.train.CheckpointManager(checkpoint, str(folder / "checkpoints"), max_to_keep=2)
-        if self.manager.latest_checkpoint:
-            checkpoint.restore(self.manager.latest_checkpoint).assert_consumed()
+        parts = {"student": self.student, "head": self.head, "optimizer": self.optimizer, "step": self.step}
+        self._checkpoints = Checkpoints(folder / "checkpoints", _KEPT_CHECKPOINTS, parts)
+        if self._checkpoints.restore():
             logger.info("going on at step %d of %d", int(self.step), self.total_steps)
 
     def run(self, on_step: Callable[[int, float], None] = lambda step, loss: None) -> Path:
@@ -202,23 +220,32 @@ class Distillation:
             The folder with the finished extractor, which `caption_train.inception.load_extractor` reads.
 
         Raises:
-            TrainingError: The loss is no number any more.
+            TrainingError: The loss is no number any more, or a checkpoint cannot be written.
+            ImageError: A photo is gone since the teacher saw it.
+            OSError: The folder cannot be written.
         """
-        started, losses = time.monotonic(), deque[float](maxlen=self.config.checkpoint_steps)
+        history = [row for row in read_json_lines(self.folder / _HISTORY) if row["step"] <= int(self.step)]
+        rewrite_json_lines(self.folder / _HISTORY, history)
+        started, losses = time.monotonic(), list[float]()
         for photos, grids, seed in self._batches():
-            losses.append(float(self._train_step(photos, self._target(grids), seed)))
+            with tensorflow_errors(f"step {int(self.step)}"):
+                losses.append(float(self._train_step(photos, self._target(grids), seed)))
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(
+                    f"the loss is {losses[-1]} at step {int(self.step)}: lower the learning rate in a new folder"
+                )
             self.step.assign_add(1)
             step = int(self.step)
-            if not math.isfinite(losses[-1]):
-                raise TrainingError(f"the loss is {losses[-1]} at step {step}: lower the learning rate and call again")
             on_step(step, losses[-1])
             if step % self.config.checkpoint_steps == 0 or step == self.total_steps:
                 record = {"step": step, "epoch": step / self.steps_an_epoch, "loss": float(np.mean(losses))}
                 if step % self.steps_an_epoch < self.config.checkpoint_steps or step == self.total_steps:
                     record["val_loss"] = self.validate()
                 record["seconds"] = time.monotonic() - started
-                self.manager.save()
-                append_json_line(self.folder / "distill.jsonl", record)
+                # The record goes first, as in `caption_train.training`: after a kill in between it is written again.
+                append_json_line(self.folder / _HISTORY, record)
+                self._checkpoints.save(step)
+                losses.clear()
         save_extractor(self.student, self.student_config, self.folder)
         return self.folder
 
@@ -280,13 +307,13 @@ class Distillation:
                 step += 1
 
 
-def _hold_out(views: Sequence[_Views], config: DistillConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _hold_out(views: Sequence[Views], config: DistillConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pairs (view, index) int64 [n, 2] to train on, and indices of whole photos to validate on.
 
-    A held-out photo is held out in all of its views.
+    A held-out photo is held out in all of its views. A fifth of the photos at most is, and one at least.
     """
     count = len(views[0].paths)
-    chosen = np.random.default_rng(config.seed).permutation(count)[: min(config.validation, count // 5)]
+    chosen = np.random.default_rng(config.seed).permutation(count)[: max(1, min(config.validation, count // 5))]
     held_out = {views[0].paths[i] for i in chosen}
     pairs = [
         (number, index)
@@ -297,7 +324,7 @@ def _hold_out(views: Sequence[_Views], config: DistillConfig) -> tuple[NDArray[n
     return np.array(pairs, np.int64), np.sort(chosen)
 
 
-def _channel_statistics(views: _Views, photos: int = 512) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _channel_statistics(views: Views, photos: int = 512) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean and standard deviation of the roots of the teacher's channels, float32 [C] each, over the first photos."""
     grids = _root(views.cache.gather(views.rows[:photos]))
     grids = grids.reshape(-1, grids.shape[-1])
@@ -358,18 +385,24 @@ def run_distillation(
         progress: Given all steps and those done, opens what is called after each step.
 
     Raises:
-        TrainingError: See `teacher_views` and `Distillation`.
+        TrainingError: The folder holds a run with other options; see `teacher_views` and `Distillation`.
+        OSError: The folder cannot be written.
     """
     teacher = build_extractor(teacher_config)
     teacher_key = load_extractor_weights(teacher, teacher_weights)
+    options = {
+        "teacher": {**asdict(teacher_config), "weights": Path(teacher_weights).name, "sha256": teacher_key},
+        "student": asdict(student_config),
+        "options": asdict(config),
+    }
+    if (folder / _OPTIONS).exists():
+        refuse_other_options(folder, read_json(folder / _OPTIONS), options)
+    else:
+        write_json(folder / _OPTIONS, options)
     views = teacher_views(teacher, teacher_config, photos, config.views, cache_folder)
     run = Distillation(student_config, config, views, folder)
     with progress(run.total_steps, int(run.step)) as on_step:
         run.run(on_step)
-    record = {
-        "photos": len(views[0].paths),
-        "teacher": {**asdict(teacher_config), "weights": Path(teacher_weights).name, "sha256": teacher_key},
-        "options": asdict(config),
-        "validation_loss": run.validate(),
-    }
+    record = {"photos": len(views[0].paths), **options, "validation_loss": run.validate()}
+    del record["student"]  # that is extractor.json
     write_json(folder / DISTILLATION, {"distillation": record})

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from caption_train.errors import TrainingError
+
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one record to a JSON-lines file and wait until the disk has it."""
@@ -34,6 +36,46 @@ def rewrite_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None
 def write_json(path: Path, content: Any) -> None:
     """Write JSON to a temporary name in the same folder, then put it in place."""
     _replace(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote: a JSON object.
+
+    Raises:
+        TrainingError: The file is not there, or is not one.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise TrainingError(f"{path.parent} is no run folder: it has no {path.name}") from exc
+    except (OSError, ValueError) as exc:
+        raise TrainingError(f"{path} cannot be read: {exc}") from exc
+    if not isinstance(content, dict):
+        raise TrainingError(f"{path} cannot be read: it is not a JSON object")
+    return content
+
+
+def refuse_other_options(
+    folder: Path, before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """See that a run goes on as it was begun.
+
+    Args:
+        folder: The run's, for the sentence.
+        before: Parts (such as "training") to options by name, as they were written down when the run began.
+        now: Those of this call; what is not in it is not compared.
+
+    Raises:
+        TrainingError: An option has another value now.
+    """
+    for part, options in now.items():
+        begun = before.get(part, {})
+        for name, value in options.items():
+            if begun.get(name) != value:
+                raise TrainingError(
+                    f"{folder} was begun with another {part}: {name} was {begun.get(name)!r} and is now {value!r}; "
+                    "give the same options to go on, or another folder to begin anew"
+                )
 
 
 def _replace(path: Path, text: str) -> None:

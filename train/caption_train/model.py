@@ -8,7 +8,6 @@ words, P places, C channels, E features, A attention units, U GRU units, V words
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,8 +16,8 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from caption_rt.errors import OptionsError
 from caption_rt.search import Step
-from caption_train.errors import TrainingError
 
 Recurrence = Literal["carry", "reset"]
 
@@ -47,15 +46,15 @@ class ModelConfig:
         """Check the values.
 
         Raises:
-            TrainingError: A size that is not positive, an unknown recurrence, a dropout outside [0, 1).
+            OptionsError: A size that is not positive, an unknown recurrence, a dropout outside [0, 1).
         """
         for name in ("places", "channels", "vocabulary_size", "embedding_dim", "units"):
             if getattr(self, name) < 1:
-                raise TrainingError(f"model: {name} must be at least 1, not {getattr(self, name)}")
+                raise OptionsError(f"model: {name} must be at least 1, not {getattr(self, name)}")
         if self.recurrence not in get_args(Recurrence):
-            raise TrainingError(f"model: recurrence must be 'carry' or 'reset', not {self.recurrence!r}")
+            raise OptionsError(f"model: recurrence must be 'carry' or 'reset', not {self.recurrence!r}")
         if not 0 <= self.dropout < 1:
-            raise TrainingError(f"model: dropout must lie in [0, 1), not {self.dropout}")
+            raise OptionsError(f"model: dropout must lie in [0, 1), not {self.dropout}")
 
 
 class BahdanauAttention(keras.layers.Layer):
@@ -304,15 +303,3 @@ class BoundStepper:
     def step(self, tokens: NDArray[np.int64], state: NDArray[np.float32], images: NDArray[np.int64]) -> Step:
         """One word for m rows, row i belonging to photo ``images[i]``; see `caption_rt.search.Stepper`."""
         return Step(*self._stepper.step(tokens, state, self._features[images], self._keys[images]))
-
-
-def model_config(record: Mapping[str, Any]) -> ModelConfig:
-    """A `ModelConfig` from JSON.
-
-    Raises:
-        TrainingError: A key is missing or unknown.
-    """
-    try:
-        return ModelConfig(**record)
-    except TypeError as exc:
-        raise TrainingError(f"model configuration does not fit this version: {exc}") from exc

@@ -1,6 +1,6 @@
 """A run folder: everything of one training, from the extractor to the scores, and its stages in order.
 
-- ``run.json``: data set, options and sizes, as they were when the run began;
+- ``run.json``: data set, extractor and options, as they were when the run began;
 - ``extractor.json``, ``extractor.weights.h5``: the extractor;
 - ``vocabulary.json``;
 - ``last/`` (five checkpoints), ``best/`` (the best by validation loss);
@@ -24,13 +24,15 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from caption_rt.errors import OptionsError
 from caption_rt.image import read_photo
 from caption_rt.search import DecodeOptions, Hypothesis, decode
 from caption_rt.vocabulary import Vocabulary
 from caption_train.cache import ABSENT, GridCache
+from caption_train.checkpoints import tensorflow_errors
 from caption_train.datasets import CaptionedImage, Dataset
-from caption_train.errors import DatasetError, TrainingError
-from caption_train.files import write_json
+from caption_train.errors import DatasetError, TrainingError, first_line
+from caption_train.files import read_json, refuse_other_options, write_json
 from caption_train.inception import (
     DISTILLATION,
     ExtractorConfig,
@@ -43,7 +45,16 @@ from caption_train.inception import (
 )
 from caption_train.model import CaptionModel, TensorFlowStepper
 from caption_train.scores import score_captions
-from caption_train.training import CaptionData, TrainConfig, Trainer, caption_data, model_config
+from caption_train.training import (
+    BEST,
+    HISTORY,
+    LAST,
+    CaptionData,
+    TrainConfig,
+    Trainer,
+    caption_data,
+    model_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +78,7 @@ class Run:
     max_words: int
     """The longest caption that the model was trained on, in words."""
     facts: Mapping[str, Any]
-    """``run.json`` and the epoch of the checkpoint: how and on what it was trained."""
+    """``run.json``, and which checkpoint this is and of which step: how and on what it was trained."""
     scores: Mapping[str, Any]
     """``scores.json``; empty before the first evaluation."""
 
@@ -90,10 +101,10 @@ def start_run(
     folder: Path,
     dataset: Dataset,
     config: TrainConfig,
-    extractor_config: ExtractorConfig,
     extractor_weights: str,
     *,
-    facts: Mapping[str, Any],
+    extractor_options: Mapping[str, Any],
+    choices: Mapping[str, Any],
 ) -> None:
     """Make a run folder, or see that the one there was begun with the same data and options.
 
@@ -101,50 +112,70 @@ def start_run(
         folder: The run folder.
         dataset: The data, of which the counts are written down.
         config: Options of the training.
-        extractor_config: The extractor, unless `extractor_weights` is a folder that brings its own.
         extractor_weights: ``imagenet``, ``none``, a weights file, or a folder that distillation wrote.
-        facts: What else to write down, such as the seed and limit of the data set.
+        extractor_options: What was asked for of `ExtractorConfig`; the rest is as in the folder of weights, else the
+            default.
+        choices: What of the data set was taken: the arguments of `load_dataset` that decide it.
 
     Raises:
-        TrainingError: The folder holds a run with other options, or the extractor cannot be had.
+        OptionsError: The folder of weights holds another extractor than was asked for.
+        TrainingError: The folder holds a run with other options, or what is left of one, or the extractor cannot be
+            had.
+        OSError: The folder cannot be written.
     """
-    record = {
-        "dataset": {
-            "name": dataset.name,
-            "training_photos": len(dataset.train),
-            "training_captions": sum(len(image.captions) for image in dataset.train),
-            "validation_photos": len(dataset.validation),
-            **facts,
-        },
+    record: dict[str, dict[str, Any]] = {
+        "dataset": {**_counts(dataset), **choices},
         "training": asdict(config),
+        "extractor": {**extractor_options, "weights": Path(extractor_weights).resolve().name},
     }
     if (folder / _RUN).exists():
-        before = _read_json(folder / _RUN)
-        for part in ("dataset", "training"):
-            differing = sorted(key for key in record[part] if before.get(part, {}).get(key) != record[part][key])
-            if differing:
-                raise TrainingError(
-                    f"{folder} was begun with another {part} {differing[0]} "
-                    f"({before.get(part, {}).get(differing[0])!r}, now {record[part][differing[0]]!r}): give the same "
-                    "options to go on, or another folder to begin anew"
-                )
+        refuse_other_options(folder, read_json(folder / _RUN), record)
         return
-    source = Path(extractor_weights)
-    if source.is_dir():
-        extractor, extractor_config = load_extractor(source)
-        origin = _read_json(source / DISTILLATION) if (source / DISTILLATION).exists() else {}
-    else:
-        keras.utils.set_random_seed(config.seed)
-        extractor, origin = build_extractor(extractor_config), {}
-        load_extractor_weights(extractor, extractor_weights)
+    left = [name for name in (_VOCABULARY, HISTORY, LAST, BEST) if (folder / name).exists()]
+    if left:
+        raise TrainingError(f"{folder} has {left[0]} but no {_RUN}: what it was made with is not known; take another")
+    extractor, extractor_config, origin = _make_extractor(extractor_weights, extractor_options, config.seed)
     save_extractor(extractor, extractor_config, folder)
-    record["extractor"] = {
-        **asdict(extractor_config),
-        "weights": source.name if source.exists() else extractor_weights,
-        "sha256": weights_key(extractor),
-        **origin,
-    }
+    record["extractor"] |= {**asdict(extractor_config), "sha256": weights_key(extractor), **origin}
     write_json(folder / _RUN, record)  # last: a folder with it is a run
+
+
+def _make_extractor(
+    weights: str, options: Mapping[str, Any], seed: int
+) -> tuple[keras.Model, ExtractorConfig, dict[str, Any]]:
+    """The extractor of a new run, and what is known of where it comes from."""
+    source = Path(weights)
+    if weights in ("imagenet", "none") or not source.is_dir():
+        config = ExtractorConfig(**options)
+        keras.utils.set_random_seed(seed)
+        extractor = build_extractor(config)
+        load_extractor_weights(extractor, weights)
+        return extractor, config, {}
+    extractor, config = load_extractor(source)
+    for name, value in options.items():
+        if getattr(config, name) != value:
+            raise OptionsError(f"the extractor in {source} has {name} {getattr(config, name)}, not {value}")
+    origin = read_json(source / DISTILLATION) if (source / DISTILLATION).exists() else {}
+    return extractor, config, origin
+
+
+def _counts(dataset: Dataset) -> dict[str, Any]:
+    return {
+        "name": dataset.name,
+        "training_photos": len(dataset.train),
+        "training_captions": sum(len(image.captions) for image in dataset.train),
+        "validation_photos": len(dataset.validation),
+    }
+
+
+def data_choices(folder: Path) -> dict[str, Any]:
+    """What of the data set a run took, as `start_run` was told.
+
+    Raises:
+        TrainingError: The folder holds no run.
+    """
+    dataset = _part(folder, "dataset")
+    return {name: value for name, value in dataset.items() if name in ("limit", "seed", "validation_share")}
 
 
 def open_cache(folder: Path, extractor: keras.Model, config: ExtractorConfig) -> GridCache:
@@ -166,7 +197,7 @@ def build_vocabulary(folder: Path, dataset: Dataset, max_words: int) -> Vocabula
     """The run's vocabulary, from the training captions; read back if it was written before."""
     path = folder / _VOCABULARY
     if path.exists():
-        return Vocabulary.from_json(_read_json(path))
+        return Vocabulary.from_json(read_json(path))
     captions = (caption for image in dataset.train for caption in image.captions)
     vocabulary = Vocabulary.build(captions, max_words)
     write_json(path, vocabulary.to_json())
@@ -181,17 +212,19 @@ def prepare(folder: Path, dataset: Dataset, cache_folder: Path) -> tuple[Caption
 
     Raises:
         DatasetError: No photo can be read.
-        TrainingError: The cache cannot be written.
+        TrainingError: The folder holds no run, or the cache cannot be written.
     """
-    extractor, extractor_config = load_extractor(folder)
     config = _train_config(folder)
+    extractor, extractor_config = load_extractor(folder)
     cache = open_cache(cache_folder, extractor, extractor_config)
+    rows = grids_of(cache, extractor, extractor_config, [*dataset.train, *dataset.validation])
     vocabulary = build_vocabulary(folder, dataset, config.vocabulary)
-    train, validation = (
-        caption_data(cache, images, grids_of(cache, extractor, extractor_config, images), vocabulary, config.max_words)
-        for images in (dataset.train, dataset.validation)
+    train, validation = np.split(rows, [len(dataset.train)])
+    return (
+        caption_data(cache, dataset.train, train, vocabulary, config.max_words),
+        caption_data(cache, dataset.validation, validation, vocabulary, config.max_words),
+        vocabulary,
     )
-    return train, validation, vocabulary
 
 
 def trainer_of(folder: Path, dataset: Dataset, cache_folder: Path) -> Trainer:
@@ -200,7 +233,7 @@ def trainer_of(folder: Path, dataset: Dataset, cache_folder: Path) -> Trainer:
     return Trainer(_train_config(folder), train, validation, vocabulary, folder)
 
 
-def open_run(folder: Path, which: str = "best") -> Run:
+def open_run(folder: Path, which: str = BEST) -> Run:
     """Open a trained run.
 
     Args:
@@ -209,24 +242,25 @@ def open_run(folder: Path, which: str = "best") -> Run:
 
     Raises:
         TrainingError: The folder holds no run, no checkpoint yet, or one that does not fit.
+        BundleError: The vocabulary was tampered with.
     """
-    record = _read_json(folder / _RUN)
-    config = _train_config(folder)
-    vocabulary = Vocabulary.from_json(_read_json(folder / _VOCABULARY))
+    record, config = read_json(folder / _RUN), _train_config(folder)
+    path = tf.train.latest_checkpoint(str(folder / which))
+    if path is None:
+        raise TrainingError(f"{folder} has no checkpoint in {which}/ yet: train it first")
+    vocabulary = Vocabulary.from_json(read_json(folder / _VOCABULARY))
     extractor, extractor_config = load_extractor(folder)
     rows, columns, channels = extractor.output_shape[1:]
     model = CaptionModel(model_config(config, rows * columns, channels, len(vocabulary)))
     step = tf.Variable(0, dtype=tf.int64, trainable=False)
-    path = tf.train.latest_checkpoint(str(folder / which))
-    if path is None:
-        raise TrainingError(f"{folder} has no checkpoint in {which}/ yet: train it first")
     checkpoint = tf.train.Checkpoint(encoder=model.encoder, decoder=model.decoder, step=step)
     try:
-        checkpoint.restore(path).assert_existing_objects_matched().expect_partial()
-    except (ValueError, AssertionError, tf.errors.OpError) as exc:
-        raise TrainingError(f"checkpoint {path} does not fit {folder / _RUN}: {exc}") from exc
+        with tensorflow_errors(f"reading the checkpoint {path}"):
+            checkpoint.restore(path).assert_existing_objects_matched().expect_partial()
+    except (ValueError, AssertionError) as exc:
+        raise TrainingError(f"the checkpoint {path} does not fit {folder / _RUN}: {first_line(exc)}") from exc
     facts = {**record, "checkpoint": {"which": which, "step": int(step)}}
-    scores = _read_json(folder / _SCORES) if (folder / _SCORES).exists() else {}
+    scores = read_json(folder / _SCORES) if (folder / _SCORES).exists() else {}
     return Run(folder, extractor, extractor_config, model, vocabulary, config.max_words, facts, scores)
 
 
@@ -279,31 +313,45 @@ def evaluate(
     return Evaluation(kept, tuple(hypotheses), captions, scores)
 
 
-def record_scores(folder: Path, split: str, evaluation: Evaluation, options: DecodeOptions, which: str) -> None:
-    """Put an evaluation's scores into ``scores.json`` beside those of other splits."""
-    path = folder / _SCORES
-    scores = _read_json(path) if path.exists() else {}
+def record_scores(
+    run: Run,
+    dataset: Dataset,
+    split: str,
+    evaluation: Evaluation,
+    options: DecodeOptions,
+) -> bool:
+    """Put an evaluation's scores into ``scores.json`` beside those of other splits.
+
+    Returns:
+        Whether they were written: only those on the run's own data set are, which a model card is to show.
+    """
+    own = run.facts["dataset"]
+    if any(own.get(name) != value for name, value in _counts(dataset).items()):
+        return False
+    path = run.folder / _SCORES
+    scores = read_json(path) if path.exists() else {}
     scores[split] = {
         "photos": len(evaluation.images),
-        "checkpoint": which,
+        "checkpoint": run.facts["checkpoint"]["which"],
+        "step": run.facts["checkpoint"]["step"],
         "beam_size": options.beam_size,
         "length_penalty": options.length_penalty,
         **{name: round(value, 4) for name, value in evaluation.scores.items()},
     }
     write_json(path, scores)
+    return True
 
 
 def _train_config(folder: Path) -> TrainConfig:
     try:
-        return TrainConfig(**_read_json(folder / _RUN)["training"])
-    except (KeyError, TypeError) as exc:
+        return TrainConfig(**_part(folder, "training"))
+    except (TypeError, OptionsError) as exc:
         raise TrainingError(f"{folder / _RUN} was not written by this version: {exc}") from exc
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise TrainingError(f"{path.parent} is no run folder: it has no {path.name}") from exc
-    except (OSError, ValueError) as exc:
-        raise TrainingError(f"{path} cannot be read: {exc}") from exc
+def _part(folder: Path, name: str) -> dict[str, Any]:
+    """A part of ``run.json``."""
+    part = read_json(folder / _RUN).get(name)
+    if not isinstance(part, dict):
+        raise TrainingError(f"{folder / _RUN} was not written by this version: it has no {name!r}")
+    return part

@@ -19,8 +19,10 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from caption_rt.errors import OptionsError
 from caption_rt.vocabulary import Vocabulary
 from caption_train.cache import ABSENT, GridCache
+from caption_train.checkpoints import Checkpoints, tensorflow_errors
 from caption_train.datasets import CaptionedImage
 from caption_train.errors import DatasetError, TrainingError
 from caption_train.files import append_json_line, read_json_lines, rewrite_json_lines
@@ -30,6 +32,7 @@ from caption_train.schedules import WarmupCosine
 
 logger = logging.getLogger(__name__)
 
+LAST, BEST = "last", "best"
 HISTORY = "history.jsonl"
 LOSS_CURVE = "loss.png"
 _SORTED_BATCHES = 64  # batches whose captions are sorted by length together
@@ -71,13 +74,16 @@ class TrainConfig:
         """Check the values that the model does not check itself.
 
         Raises:
-            TrainingError: A number that is not positive, or an unknown schedule.
+            OptionsError: A number that is not positive, or an unknown schedule.
         """
-        for name in ("vocabulary", "max_words", "batch_size", "epochs", "learning_rate", "checkpoint_steps"):
-            if getattr(self, name) <= 0:
-                raise TrainingError(f"training: {name} must be positive, not {getattr(self, name)}")
+        for name in ("vocabulary", "max_words", "batch_size", "epochs", "checkpoint_steps"):
+            if getattr(self, name) < 1:
+                raise OptionsError(f"training: {name} must be at least 1, not {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise OptionsError(f"training: {name} must be a positive number, not {getattr(self, name)}")
         if self.schedule not in ("cosine", "constant"):
-            raise TrainingError(f"training: schedule must be 'cosine' or 'constant', not {self.schedule!r}")
+            raise OptionsError(f"training: schedule must be 'cosine' or 'constant', not {self.schedule!r}")
 
 
 @dataclass(frozen=True)
@@ -180,21 +186,17 @@ class Trainer:
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.best = tf.Variable(math.inf, dtype=tf.float64, trainable=False)
         self._sums = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)  # this epoch's cross-entropy, tokens
-        checkpoint = tf.train.Checkpoint(
-            encoder=self.model.encoder,
-            decoder=self.model.decoder,
-            optimizer=self.optimizer,
-            step=self.step,
-            best=self.best,
-            sums=self._sums,
-        )
-        self._last = tf.train.CheckpointManager(checkpoint, str(folder / "last"), max_to_keep=_KEPT_CHECKPOINTS)
-        self._best = tf.train.CheckpointManager(checkpoint, str(folder / "best"), max_to_keep=1)
-        if self._last.latest_checkpoint:
-            try:
-                checkpoint.restore(self._last.latest_checkpoint).assert_consumed()
-            except (ValueError, AssertionError, tf.errors.OpError) as exc:
-                raise TrainingError(f"{self._last.latest_checkpoint} does not fit this run: {exc}") from exc
+        parts = {
+            "encoder": self.model.encoder,
+            "decoder": self.model.decoder,
+            "optimizer": self.optimizer,
+            "step": self.step,
+            "best": self.best,
+            "sums": self._sums,
+        }
+        self._last = Checkpoints(folder / LAST, _KEPT_CHECKPOINTS, parts)
+        self._best = Checkpoints(folder / BEST, 1, parts)
+        if self._last.restore():
             logger.info("going on after step %d of %d", int(self.step), self.total_steps)
 
     def run(self, on_step: Callable[[int, float], None] = lambda step, loss: None) -> list[dict[str, Any]]:
@@ -207,10 +209,13 @@ class Trainer:
             The history: a record an epoch, as in ``history.jsonl``.
 
         Raises:
-            TrainingError: The loss is no number any more.
+            TrainingError: The loss is no number any more, or a checkpoint cannot be written.
+            OSError: The history cannot be written.
         """
         history = [row for row in read_json_lines(self.folder / HISTORY) if row["step"] <= int(self.step)]
         rewrite_json_lines(self.folder / HISTORY, history)
+        if history:
+            plot_losses(history, self.folder / LOSS_CURVE)  # a kill may have come between the last record and its curve
         started = time.monotonic()
         while int(self.step) < self.total_steps:
             epoch, position = divmod(int(self.step), self.steps_an_epoch)
@@ -238,7 +243,8 @@ class Trainer:
     def _take_step(self, batch: NDArray[np.int64], on_step: Callable[[int, float], None]) -> None:
         grid, tokens = _load(self.train_data, batch)
         seed = np.array([self.config.seed, int(self.step)], np.int32)
-        total, count = (float(x) for x in self._train_step(grid, tokens, seed))
+        with tensorflow_errors(f"step {int(self.step)}"):
+            total, count = (float(x) for x in self._train_step(grid, tokens, seed))
         if not math.isfinite(total):
             raise TrainingError(
                 f"the loss is {total} at step {int(self.step)}: lower the learning rate in a new run folder"
