@@ -196,7 +196,8 @@ class _Photo:
         live: list[_Live] = []
         parents: list[int] = []
         # At most one continuation of each of the `size` hypotheses is its end, so twice as many hold `size` that go on.
-        for rank, (row, token) in enumerate(_best(totals, 2 * size)):
+        # Greedy search goes no further than its first end.
+        for rank, (row, token) in enumerate(_best(totals, 2 * size if size > 1 else 1)):
             parent, log_prob = self.live[row], float(totals[row, token])
             if token == self._end_id:
                 if rank < size:
@@ -222,8 +223,6 @@ class _Photo:
         size = self._options.beam_size
         if len(self._finished) < size or not live:
             return not live
-        if size == 1:
-            return True
         # A log-probability only falls as words come, and is divided by at most the penalty of the longest caption.
         bound = live[0].log_prob / self._penalty(self._options.max_words)
         return bound < sorted(self._finished, key=_rank)[size - 1].score
@@ -254,7 +253,9 @@ def _rank(hypothesis: Hypothesis) -> tuple[float, tuple[int, ...]]:
 def _best(totals: NDArray[np.float64], count: int) -> list[tuple[int, int]]:
     """The (row, column) of the highest values, best first; equal ones in the order of their position."""
     flat = totals.ravel()
-    if count < flat.size:
+    if count == 1:
+        candidates = np.array([flat.argmax()])
+    elif count < flat.size:
         # Everything that is as good as the last one wanted, so that ties at the edge do not depend on the partition.
         edge = np.partition(flat, flat.size - count)[flat.size - count]
         candidates = np.flatnonzero(flat >= edge)
