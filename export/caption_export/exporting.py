@@ -84,6 +84,7 @@ def export_bundle(
     pngs, size = selftest_pngs(), run.extractor_config.size
     compared = [*read_photos(photos, size), *selftest_photos(pngs, size)]
     graphs = build_graphs(run)
+    logger.info("comparing with TensorFlow on %d images, the self-test's %d among them", len(compared), len(pngs))
     reference = TensorFlowPipeline(run)
     report = verify(reference, graphs, compared, searches_with(default), run.vocabulary)
     rows, columns, channels = run.extractor.output_shape[1:]

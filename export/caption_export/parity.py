@@ -6,7 +6,6 @@ compared on the states it really meets: those of TensorFlow's greedy captions of
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,8 +27,6 @@ from caption_export.structure import GraphReport, check_structure
 from caption_rt.bundle import GRAPH_TENSORS, TensorSpec
 from caption_rt.search import DecodeOptions, Hypothesis
 from caption_rt.vocabulary import Vocabulary
-
-logger = logging.getLogger(__name__)
 
 BATCH_SIZES = (1, 2, 7)
 """Sizes of the first axis that every graph is run with; with the last one, all photos go through."""
@@ -141,7 +138,6 @@ def verify(
     """
     if not photos:
         raise ExportError("there is no photo to compare TensorFlow and ONNX Runtime on")
-    logger.info("comparing with TensorFlow on %d photos", len(photos))
     checked = tuple(check_structure(graph) for graph in graphs.values())
     exported = OnnxPipeline(graphs)
     tensors = [

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from caption_export.graphs import ExportedGraph
     from caption_export.parity import Photo
+    from caption_export.pipelines import TensorFlowPipeline
     from caption_train.runs import Run
 
 # Before TensorFlow is imported, which reads it once: what it says of its own set-up is not about the tests.
@@ -29,7 +29,7 @@ MAX_WORDS = 6
 WORDS = "a black cat dog on the grass sits runs with red ball in blue sky two people water near small boat"
 
 
-def write_run(folder: Path, recurrence: str) -> None:
+def write_run(folder: Path) -> None:
     """A run folder as `caption-train` leaves it, of a tiny network with random weights.
 
     No weight is zero and no normalisation neutral, as a fresh network's biases and means are: an exporter that left
@@ -53,7 +53,7 @@ def write_run(folder: Path, recurrence: str) -> None:
             layer.set_weights([rng.normal(0, 0.02, beta), rng.normal(0, 0.02, mean), rng.uniform(0.3, 0.6, variance)])
     save_extractor(extractor, extractor_config, folder)
     vocabulary = Vocabulary.build([WORDS])
-    config = TrainConfig(embedding_dim=10, units=12, recurrence=recurrence, max_words=MAX_WORDS)
+    config = TrainConfig(embedding_dim=10, units=12, max_words=MAX_WORDS)
     rows, columns, channels = extractor.output_shape[1:]
     model = CaptionModel(model_config(config, rows * columns, channels, len(vocabulary)))
     rng = np.random.default_rng(10)
@@ -75,59 +75,53 @@ def write_run(folder: Path, recurrence: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The run folder of a recurrence."""
-    made: dict[str, Path] = {}
-
-    def folder(recurrence: str) -> Path:
-        if recurrence not in made:
-            made[recurrence] = tmp_path_factory.mktemp(f"run-{recurrence}")
-            write_run(made[recurrence], recurrence)
-        return made[recurrence]
-
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trained run that carries its state."""
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def opened(run_folder: Callable[[str], Path]) -> Callable[[str], Run]:
-    """The opened run of a recurrence."""
+def run(run_folder: Path) -> Run:
+    """That run, opened."""
     from caption_train.runs import open_run
 
-    runs: dict[str, Run] = {}
-
-    def run(recurrence: str) -> Run:
-        if recurrence not in runs:
-            runs[recurrence] = open_run(run_folder(recurrence))
-        return runs[recurrence]
-
-    return run
+    return open_run(run_folder)
 
 
 @pytest.fixture(scope="session")
-def converted(opened: Callable[[str], Run]) -> Callable[[str], dict[str, ExportedGraph]]:
-    """The graphs of a recurrence; not to be changed."""
+def graphs(run: Run) -> dict[str, ExportedGraph]:
+    """Its graphs; not to be changed."""
     from caption_export.graphs import build_graphs
 
-    graphs: dict[str, dict[str, ExportedGraph]] = {}
-
-    def of(recurrence: str) -> dict[str, ExportedGraph]:
-        if recurrence not in graphs:
-            graphs[recurrence] = build_graphs(opened(recurrence))
-        return graphs[recurrence]
-
-    return of
+    return build_graphs(run)
 
 
 @pytest.fixture(scope="session")
-def run(opened: Callable[[str], Run]) -> Run:
-    """The run that carries its state."""
-    return opened("carry")
+def reset_run(run: Run) -> Run:
+    """The same weights in a model that resets its state, as the tutorial's code does."""
+    from caption_train.model import CaptionModel
+
+    model = CaptionModel(replace(run.model.config, recurrence="reset"))
+    model.set_weights(run.model.get_weights())
+    return replace(run, model=model)
 
 
 @pytest.fixture(scope="session")
-def graphs(converted: Callable[[str], dict[str, ExportedGraph]]) -> dict[str, ExportedGraph]:
-    """Its graphs; not to be changed."""
-    return converted("carry")
+def reset_graphs(reset_run: Run, graphs: dict[str, ExportedGraph]) -> dict[str, ExportedGraph]:
+    """Its graphs; only the decoder is another one."""
+    from caption_export.graphs import build_graph
+
+    return {**graphs, "decoder": build_graph(reset_run, "decoder")}
+
+
+@pytest.fixture(scope="session")
+def reference(run: Run) -> TensorFlowPipeline:
+    """Its networks in TensorFlow."""
+    from caption_export.pipelines import TensorFlowPipeline
+
+    return TensorFlowPipeline(run)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,111 @@
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from caption_export import exporting
+from caption_export.cli import main, photos_in
+from caption_export.errors import ExportError
+from caption_rt import OptionsError
+
+pytestmark = pytest.mark.tf
+
+
+@pytest.fixture
+def call():
+    return lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_importing_the_package_and_its_command_loads_no_tensorflow():
+    code = (
+        "import sys, caption_export, caption_export.cli, caption_export.errors\n"
+        "heavy = 'tensorflow', 'keras', 'onnx', 'tf2onnx', 'onnxruntime', 'matplotlib'\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_photos_come_by_name_and_without_other_files(tmp_path):
+    for name in ("b.JPG", "a.png", "c.webp", "list.txt", "README"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.jpg").mkdir()
+    assert [path.name for path in photos_in(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
+    assert photos_in(tmp_path / "a.png") == [tmp_path / "a.png"]
+
+
+def test_a_folder_without_photos_is_refused(tmp_path):
+    with pytest.raises(OptionsError, match=r"holds no photo: \.jpg, "):
+        photos_in(tmp_path)
+    with pytest.raises(OptionsError, match=r"does not exist: name a folder of photos$"):
+        photos_in(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("run", "place", "code", "message"),
+    [
+        ("run", "nowhere", 2, "nowhere does not exist: name a folder of photos"),
+        ("run", "empty", 2, "empty holds no photo: "),
+        ("empty", "photos", 7, "empty is no run folder: it has no run.json"),
+        ("nowhere", "photos", 7, "nowhere is no run folder: it has no run.json"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_its_exit_code(call, run_folder, photos, tmp_path, run, place, code, message):
+    (tmp_path / "empty").mkdir()
+    places = {"run": run_folder, "photos": photos[0].parent}
+    where, images = (places.get(name, tmp_path / name) for name in (run, place))
+    result = call(where, tmp_path / "out", "--photos", images)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.startswith("caption-export: error: ")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_difference_ends_with_its_exit_code(call, run_folder, photos, tmp_path, monkeypatch):
+    def differ(*_, **__):
+        raise ExportError("the encoder graph: output keys differs")
+
+    monkeypatch.setattr(exporting, "verify", differ)
+    monkeypatch.setattr(exporting, "build_graphs", lambda run: {})
+    result = call(run_folder, tmp_path / "out", "--photos", photos[0].parent, "--limit-photos", 1)
+    assert (result.exit_code, result.stdout) == (8, "")
+    assert result.stderr.splitlines()[-1] == "caption-export: error: the encoder graph: output keys differs"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_reach_the_export(call, run_folder, photos, tmp_path, monkeypatch):
+    seen = {}
+
+    def export_bundle(run, paths, out, **options):
+        seen.update(run=run, paths=paths, out=out, **options)
+        raise ExportError("seen enough")
+
+    monkeypatch.setattr(exporting, "export_bundle", export_bundle)
+    options = ("--limit-photos", 2, "--checkpoint", "last", "--beam", 5, "--length-penalty", 0.5, "--overwrite")
+    call(run_folder, tmp_path / "out", "--photos", photos[0].parent, *options, "--description", "D.")
+    assert seen.pop("run").facts["checkpoint"] == {"which": "last", "step": 30}
+    assert [path.name for path in seen.pop("paths")] == ["astronaut.jpg", "chelsea.jpg"]
+    assert seen == {
+        "out": tmp_path / "out",
+        "name": "out",
+        "license": "not stated",
+        "description": "D.",
+        "beam_size": 5,
+        "length_penalty": 0.5,
+        "overwrite": True,
+    }
+
+
+def test_without_the_extra_it_says_what_to_install(call, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "caption_export.exporting", None)
+    result = call(tmp_path, tmp_path / "out", "--photos", photos[0].parent)
+    assert result.exit_code == 2
+    assert "install caption-rt with the extra [export]" in result.stderr
+
+
+def test_photos_must_be_given(call, tmp_path):
+    result = call(tmp_path, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "Missing option '--photos'" in result.stderr
