@@ -15,11 +15,10 @@ import click
 
 from caption_rt import __version__
 from caption_rt.errors import CaptionError, OptionsError, printable
+from caption_train.datasets import photos_in
 
 if TYPE_CHECKING:
     from caption_export.parity import Report
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 
 class _Command(click.Command):
@@ -39,11 +38,11 @@ class _Command(click.Command):
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--photos",
-    type=click.Path(path_type=Path),
+    type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="Folder of real photos (or one photo) on which TensorFlow and ONNX Runtime are compared.",
+    help="Folder of real photos on which TensorFlow and ONNX Runtime are compared.",
 )
-@click.option("--limit-photos", type=click.IntRange(1), default=16, help="Take so many of them, by name.")
+@click.option("--limit-photos", type=click.IntRange(1), default=16, help="Take so many of them, by path.")
 @click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best")
 @click.option("--name", help="Short name of the model; the name of OUT if not given.")
 @click.option("--license", "license_", default="not stated", help="Licence of the weights: SPDX, or a sentence.")
@@ -69,7 +68,7 @@ def main(
     Nothing is written where ONNX Runtime does not give what TensorFlow gives: names, shapes and values of each graph,
     and the words of every photo, greedy and with a beam.
 
-    Exit codes: 0 done, 2 options, 3 bundle, 4 photo, 7 run, 8 not exportable or not equal.
+    Exit codes: 0 done, 2 options, 3 bundle, 6 no photos, 7 run, 8 not exportable or not equal.
     """
     _say_progress()
     paths = photos_in(photos)[:limit_photos]
@@ -92,22 +91,6 @@ def main(
     )
     click.echo(_table(report))
     click.echo(f"\n{printable(out)}")
-
-
-def photos_in(place: Path) -> list[Path]:
-    """The photos of a folder, by name, or the one photo.
-
-    Raises:
-        OptionsError: There is none.
-    """
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise OptionsError(f"--photos {printable(place)} does not exist: name a folder of photos")
-    found = sorted(path for path in place.iterdir() if path.suffix.lower() in _SUFFIXES and path.is_file())
-    if not found:
-        raise OptionsError(f"--photos {printable(place)} holds no photo: {', '.join(_SUFFIXES)} are looked for")
-    return found
 
 
 def _table(report: Report) -> str:

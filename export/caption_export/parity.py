@@ -45,15 +45,18 @@ class Tolerance:
 
 
 TOLERANCES: Mapping[str, Tolerance] = {
-    "grid": Tolerance(1e-3, 1e-3),  # behind 94 convolutions in single precision, summed in another order
+    "grid": Tolerance(5e-4, 5e-4),
     "features": Tolerance(1e-4, 1e-4),
     "keys": Tolerance(1e-4, 1e-4),
     "initial_state": Tolerance(1e-5, 1e-5),
     "log_probs": Tolerance(1e-4, 1e-4),
-    "next_state": Tolerance(1e-5, 1e-5),
+    "next_state": Tolerance(2e-5, 2e-5),
     "attention": Tolerance(1e-5, 1e-5),
 }
-"""The bounds of each output, each graph given the same inputs on both sides."""
+"""The bounds of each output, each graph given the same inputs on both sides.
+
+Single precision with sums in another order: of full width, the grid differs by 2e-5 and the state by 1e-6.
+"""
 
 LOG_PROB_TOLERANCE = 1e-3
 """Bound of a whole caption's log-probability, from the pixels on; absolute, in nats."""

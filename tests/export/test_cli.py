@@ -5,9 +5,8 @@ import pytest
 from click.testing import CliRunner
 
 from caption_export import exporting
-from caption_export.cli import main, photos_in
+from caption_export.cli import main
 from caption_export.errors import ExportError
-from caption_rt import OptionsError
 
 pytestmark = pytest.mark.tf
 
@@ -27,26 +26,11 @@ def test_importing_the_package_and_its_command_loads_no_tensorflow():
     assert done.stdout == "[]\n"
 
 
-def test_photos_come_by_name_and_without_other_files(tmp_path):
-    for name in ("b.JPG", "a.png", "c.webp", "list.txt", "README"):
-        (tmp_path / name).touch()
-    (tmp_path / "folder.jpg").mkdir()
-    assert [path.name for path in photos_in(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
-    assert photos_in(tmp_path / "a.png") == [tmp_path / "a.png"]
-
-
-def test_a_folder_without_photos_is_refused(tmp_path):
-    with pytest.raises(OptionsError, match=r"holds no photo: \.jpg, "):
-        photos_in(tmp_path)
-    with pytest.raises(OptionsError, match=r"does not exist: name a folder of photos$"):
-        photos_in(tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize(
     ("run", "place", "code", "message"),
     [
-        ("run", "nowhere", 2, "nowhere does not exist: name a folder of photos"),
-        ("run", "empty", 2, "empty holds no photo: "),
+        ("run", "nowhere", 6, "nowhere: there is no such folder of photos"),
+        ("run", "empty", 6, "empty: no photo is in this folder or below it"),
         ("empty", "photos", 7, "empty is no run folder: it has no run.json"),
         ("nowhere", "photos", 7, "nowhere is no run folder: it has no run.json"),
     ],
