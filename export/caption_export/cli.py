@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from caption_rt import __version__
-from caption_rt.errors import CaptionError, OptionsError, printable
+from caption_rt.console import echo, run_command
+from caption_rt.errors import printable
+from caption_train.console import quiet_stderr
 from caption_train.datasets import photos_in
 
 if TYPE_CHECKING:
     from caption_export.parity import Report
 
 
-class _Command(click.Command):
-    """Turns this project's errors into one line on stderr and their exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except CaptionError as exc:
-            click.echo(f"caption-export: error: {exc}", err=True)
-            ctx.exit(exc.exit_code)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; see `caption_rt.console.run_command`."""
+    return run_command(command, "caption-export", arguments, extra="export")
 
 
-@click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.version_option(__version__, prog_name="caption-export")
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="caption-export", message="%(prog)s %(version)s")
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -43,14 +39,19 @@ class _Command(click.Command):
     help="Folder of real photos on which TensorFlow and ONNX Runtime are compared.",
 )
 @click.option("--limit-photos", type=click.IntRange(1), default=16, help="Take so many of them, by path.")
-@click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best")
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    help="The one with the lowest validation loss, or the last one.",
+)
 @click.option("--name", help="Short name of the model; the name of OUT if not given.")
 @click.option("--license", "license_", default="not stated", help="Licence of the weights: SPDX, or a sentence.")
 @click.option("--description", default="", help="What it is, in a sentence or two.")
 @click.option("--beam", type=click.IntRange(1, 1000), default=1, help="The bundle's default beam size; 1 is greedy.")
 @click.option("--length-penalty", type=click.FloatRange(0), default=0.0, help="The bundle's default.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
-def main(
+def command(
     run: Path,
     out: Path,
     photos: Path,
@@ -68,16 +69,14 @@ def main(
     Nothing is written where ONNX Runtime does not give what TensorFlow gives: names, shapes and values of each graph,
     and the words of every photo, greedy and with a beam.
 
-    Exit codes: 0 done, 2 options, 3 bundle, 6 no photos, 7 run, 8 not exportable or not equal.
+    Exit codes: 0 done, 1 disk, 2 options, 3 bundle, 6 no photos, 7 run, 8 not exportable or not equal, 130 interrupted
+    (Ctrl-C).
     """
     _say_progress()
     paths = photos_in(photos)[:limit_photos]
-    try:
-        with _quiet_stderr():
-            from caption_export.exporting import export_bundle
-            from caption_train.runs import open_run
-    except ModuleNotFoundError as exc:
-        raise OptionsError(f"exporting needs {exc.name}: install caption-rt with the extra [export]") from exc
+    with quiet_stderr():
+        from caption_export.exporting import export_bundle
+        from caption_train.runs import open_run
     report = export_bundle(
         open_run(run, checkpoint),
         paths,
@@ -89,8 +88,8 @@ def main(
         length_penalty=length_penalty,
         overwrite=overwrite,
     )
-    click.echo(_table(report))
-    click.echo(f"\n{printable(out)}")
+    echo(_table(report))
+    echo(f"\n{printable(out)}")
 
 
 def _table(report: Report) -> str:
@@ -122,21 +121,3 @@ def _say_progress() -> None:
     # Before TensorFlow is imported, which reads them once.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Keep back what TensorFlow's libraries say while they load, whatever the log level; shown if loading fails."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            said.seek(0)
-            os.write(kept, said.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)

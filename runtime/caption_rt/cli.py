@@ -1,25 +1,20 @@
 """The command `caption-rt`: parses, calls and prints."""
 
 import json
-import os
-import sys
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 import caption_rt
-from caption_rt.errors import CaptionError, ImageError, printable
+from caption_rt.console import complain, echo, run_command
+from caption_rt.errors import ImageError, printable
 
 if TYPE_CHECKING:
     from caption_rt.captioner import Caption, Captioner
 
 __all__ = ["main"]
-
-# What a shell reports for a program that Ctrl-C or a closed pipe ended: 128 + the signal's number.
-_INTERRUPTED, _PIPE_CLOSED = 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,31 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command's arguments; None for those of the process.
 
     Returns:
-        The exit code: 0, the code of the first error (see `caption_rt.errors`), 130 after Ctrl-C.
+        The exit code: 0, or that of the first error; see `caption_rt.console.run_command`.
     """
-    # Damaged metadata makes Pillow warn. What matters of it comes as an ImageError.
-    warnings.filterwarnings("ignore", module="PIL")
-    for stream in (sys.stdout, sys.stderr):
-        # A name or word that the terminal's encoding lacks is printed as an escape rather than ending the run.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        code = command.main(None if arguments is None else list(arguments), "caption-rt", standalone_mode=False)
-        sys.stdout.flush()
-        return int(code or 0)
-    except CaptionError as exc:
-        _complain(str(exc))
-        return exc.exit_code
-    except click.ClickException as exc:
-        _complain(exc.format_message())
-        return exc.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        _complain("interrupted")
-        return _INTERRUPTED
-    except OSError as exc:
-        _drop_output()
-        _complain(f"the output cannot be written: {printable(exc.strerror or exc)}")
-        return CaptionError.exit_code
+    return run_command(command, "caption-rt", arguments)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -86,7 +59,9 @@ def command(
     reported on standard error; the others are still captioned.
     """
     if bool(images) == self_test:
-        raise click.UsageError("name at least one photo, or --self-test alone (caption-rt --help says more)")
+        raise click.UsageError("name at least one photo, or --self-test alone")
+    if self_test and not (beam is None and max_words is None and plot is None):
+        raise click.UsageError("--self-test searches as the bundle states: leave out --beam, --max-words and --plot")
     if plot is not None:
         _check_plot(plot, images)
     # Imported late: --help and --version need neither NumPy nor ONNX Runtime.
@@ -101,7 +76,7 @@ def command(
     code = 0
     for path, result in zip(images, results, strict=True):
         if isinstance(result, ImageError):
-            _complain(str(result))
+            complain("caption-rt", str(result))
             code = code or result.exit_code
         _print_result(path, result, as_json=as_json, alone=len(images) == 1)
         if plot is not None and not isinstance(result, ImageError):
@@ -109,11 +84,11 @@ def command(
     return code
 
 
-def _check_plot(plot: str, images: Iterable[str]) -> None:
+def _check_plot(plot: str, images: Sequence[str]) -> None:
     """Refuse what cannot be plotted before the model is loaded."""
     from caption_rt.attention import check_plot_path
 
-    if len(list(images)) != 1:
+    if len(images) != 1:
         raise click.UsageError("--plot takes one photo")
     check_plot_path(plot)
 
@@ -126,16 +101,16 @@ def _print_result(path: str, result: "Caption | ImageError", *, as_json: bool, a
         else:
             record = {"path": path, "status": "ok", **result.to_dict()}
         # Escaped to ASCII, so that every name, decodable or not, survives every terminal and pipe.
-        _echo(json.dumps(record))
+        echo(json.dumps(record))
     elif not isinstance(result, ImageError):
-        _echo(result.text if alone else f"{printable(path)}\t{result.text}")
+        echo(result.text if alone else f"{printable(path)}\t{result.text}")
 
 
 def _self_test(captioner: "Captioner", as_json: bool) -> int:
     result = captioner.self_test()
     name = captioner.bundle.manifest.name
     if as_json:
-        _echo(
+        echo(
             json.dumps(
                 {
                     "status": "ok",
@@ -148,26 +123,8 @@ def _self_test(captioner: "Captioner", as_json: bool) -> int:
             )
         )
     else:
-        _echo(
+        echo(
             f"self-test passed: {name}, {result.photos} photos on {result.provider}, log-probabilities within "
             f"{result.max_difference:.1g} ({result.tolerance:.1g} allowed)"
         )
     return 0
-
-
-def _drop_output() -> None:
-    """Send what is still buffered nowhere: Python would try to write it once more at exit, and report that."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _echo(line: str) -> None:
-    try:
-        click.echo(line)
-    except BrokenPipeError as exc:
-        # `caption-rt ... | head -1`: the reader has what it wanted.
-        _drop_output()
-        raise click.exceptions.Exit(_PIPE_CLOSED) from exc
-
-
-def _complain(message: str) -> None:
-    click.echo(f"caption-rt: error: {printable(message)}", err=True)

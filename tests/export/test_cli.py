@@ -1,8 +1,9 @@
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner
 
 from caption_export import exporting
 from caption_export.cli import main
@@ -12,8 +13,15 @@ pytestmark = pytest.mark.tf
 
 
 @pytest.fixture
-def call():
-    return lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
+def call(capsys):
+    """Run the command here; gives its exit code and what it printed."""
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return SimpleNamespace(exit_code=code, stdout=printed.out, stderr=printed.err)
+
+    return run
 
 
 def test_importing_the_package_and_its_command_loads_no_tensorflow():
@@ -82,14 +90,26 @@ def test_options_reach_the_export(call, run_folder, photos, tmp_path, monkeypatc
     }
 
 
-def test_without_the_extra_it_says_what_to_install(call, photos, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "caption_export.exporting", None)
-    result = call(tmp_path, tmp_path / "out", "--photos", photos[0].parent)
-    assert result.exit_code == 2
-    assert "install caption-rt with the extra [export]" in result.stderr
+def test_without_the_extra_it_says_what_to_install(photos, tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise ModuleNotFoundError('none', name='tensorflow')")
+    code = "import sys; from caption_export.cli import main; sys.exit(main())"
+    arguments = [sys.executable, "-c", code, tmp_path, tmp_path / "out", "--photos", photos[0].parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    sentence = "tensorflow is not installed: pip install 'caption-rt[export]' brings it"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"caption-export: error: {sentence}\n")
+
+
+def test_ctrl_c_ends_with_130(call, run_folder, photos, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting, "export_bundle", interrupt)
+    result = call(run_folder, tmp_path / "out", "--photos", photos[0].parent)
+    assert (result.exit_code, result.stderr.strip()) == (130, "caption-export: error: interrupted")
 
 
 def test_photos_must_be_given(call, tmp_path):
     result = call(tmp_path, tmp_path / "out")
     assert result.exit_code == 2
-    assert "Missing option '--photos'" in result.stderr
+    assert result.stderr == "caption-export: error: Missing option '--photos' (see caption-export --help)\n"

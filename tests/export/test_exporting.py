@@ -42,7 +42,7 @@ def exported(run_folder, photos, tmp_path_factory):
         (folder / "photos" / photo.name).symlink_to(photo)
     (folder / "photos" / "broken.jpg").write_bytes(b"\xff\xd8 no photo")
     (folder / "photos" / "notes.txt").write_text("no photo either")
-    command = [sys.executable, "-c", "from caption_export.cli import main; main(prog_name='caption-export')"]
+    command = [sys.executable, "-c", "import sys; from caption_export.cli import main; sys.exit(main())"]
     command += [str(run_folder), str(folder / "out" / "drawn"), "--photos", str(folder / "photos")]
     # Another seed of Python's hashes than this process has: sets are walked in another order.
     environment = os.environ | {"PYTHONHASHSEED": "4711"}

@@ -157,7 +157,9 @@ def test_a_terminal_without_unicode(run, photos, tmp_path):
         (["a.jpg", "--max-words", "-3"], "max_words must be a whole number from 1 to 1000, not -3"),
         (["a.jpg", "--device", "gpu"], "the device is one of auto, cpu, cuda, not 'gpu'"),
         (["a.jpg", "b.jpg", "--plot", "p.png"], "--plot takes one photo"),
-        (["--self-test", "--plot", "p.png"], "--plot takes one photo"),
+        (["--self-test", "--plot", "p.png"], "leave out --beam, --max-words and --plot"),
+        (["--self-test", "--beam", "3"], "--self-test searches as the bundle states: leave out --beam"),
+        (["--self-test", "--max-words", "3"], "leave out --beam, --max-words and --plot"),
         (["a.jpg", "--plot", "p.gif"], "a plot's name ends in one of .png, .svg, .pdf, and p.gif does not"),
     ],
 )
@@ -166,6 +168,19 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(run, arguments, sentence):
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = complaints(done)
     assert sentence in line
+
+
+def test_wrong_usage_names_the_help(run):
+    assert complaints(run("--nonsense"))[0].endswith(" (see caption-rt --help)")
+
+
+def test_a_package_that_is_missing_is_one_sentence_and_exit_code_2(run, tmp_path, photos):
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "numpy.py").write_text("raise ModuleNotFoundError('none', name='numpy')")
+    path = os.pathsep.join([str(tmp_path / "without"), *filter(None, sys.path)])
+    done = run(photos[0], env={"PYTHONPATH": path})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert complaints(done) == ["numpy is not installed: pip install 'caption-rt' brings it"]
 
 
 def test_a_bad_bundle_is_one_sentence_and_exit_code_3(run, photos, tiny_bundle, tmp_path):

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from caption_rt import __version__
+from caption_rt.console import echo, run_command
 from caption_rt.errors import OptionsError, printable
-from caption_train.console import quiet_stderr, run_command
+from caption_train.console import quiet_stderr
 from caption_train.datasets import Dataset, load_dataset, photos_in
 
 if TYPE_CHECKING:
@@ -30,11 +31,13 @@ _COUNT = click.IntRange(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; see `caption_train.console.run_command`."""
-    return run_command(command, "caption-train", arguments)
+    """Run the command; see `caption_rt.console.run_command`."""
+    again = "interrupted; give the same command again to go on"
+    return run_command(command, "caption-train", arguments, extra="train", interrupted=again)
 
 
 @click.group(
+    no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="caption-train", message="%(prog)s %(version)s")
@@ -219,13 +222,13 @@ def evaluate(
             {"path": str(image.path), "caption": caption, "references": list(image.captions)}
             for image, caption in pairs
         ]
-        click.echo(json.dumps({"scores": evaluation.scores, "captions": rows}))
+        echo(json.dumps({"scores": evaluation.scores, "captions": rows}))
         return
     _print_scores(evaluation)
     for image, caption in pairs[:: max(1, len(pairs) // max(1, show))][:show]:
-        click.echo(f"\n{printable(image.path.name)}\n  generated  {caption}")
+        echo(f"\n{printable(image.path.name)}\n  generated  {caption}")
         for reference in image.captions:
-            click.echo(f"  real       {reference}")
+            echo(f"  real       {reference}")
 
 
 @command.command()
@@ -278,7 +281,7 @@ def distill(
         cache or out / "teacher",
         _steps,
     )
-    click.echo(printable(out))
+    echo(printable(out))
 
 
 def _lines(path: Path, option: str) -> set[str]:
@@ -335,5 +338,5 @@ def _evaluate(
 
 def _print_scores(evaluation: Evaluation) -> None:
     for name, value in evaluation.scores.items():
-        click.echo(f"{name:8} {value:7.3f}")
-    click.echo(f"{'photos':8} {len(evaluation.images):7d}")
+        echo(f"{name:8} {value:7.3f}")
+    echo(f"{'photos':8} {len(evaluation.images):7d}")

@@ -1,0 +1,101 @@
+"""How this project's commands end: results on stdout, one sentence on stderr, an exit code, never a traceback."""
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import click
+
+from caption_rt.errors import CaptionError, OptionsError, printable
+
+__all__ = ["complain", "echo", "run_command"]
+
+# What a shell reports for a program that Ctrl-C or a closed pipe ended: 128 + the signal's number.
+_INTERRUPTED, _PIPE_CLOSED = 130, 141
+
+
+def run_command(
+    command: click.Command,
+    name: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    extra: str | None = None,
+    interrupted: str = "interrupted",
+) -> int:
+    """Run a command and turn whatever ends it into a sentence and an exit code.
+
+    Args:
+        command: what click made.
+        name: the program's name.
+        arguments: the command's arguments; None for those of the process.
+        extra: the extra that brings what the command imports, beyond what caption-rt itself needs.
+        interrupted: what is said after Ctrl-C.
+
+    Returns:
+        The exit code: 0; the error's own (see `caption_rt.errors`); 1 where a file or the output cannot be written; 2
+        for wrong usage, or where a package is not installed; 130 after Ctrl-C; 141 where the reader of a pipe is gone.
+    """
+    # Damaged metadata makes Pillow warn. What matters of it comes as an ImageError.
+    warnings.filterwarnings("ignore", module="PIL")
+    for stream in (sys.stdout, sys.stderr):
+        # A name or word that the terminal's encoding lacks is printed as an escape rather than ending the run.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    try:
+        code = command.main(None if arguments is None else list(arguments), name, standalone_mode=False)
+        sys.stdout.flush()
+        return int(code or 0)
+    except CaptionError as exc:
+        complain(name, str(exc))
+        return exc.exit_code
+    except click.UsageError as exc:
+        complain(name, f"{exc.format_message().removesuffix('.')} (see {exc.ctx.command_path if exc.ctx else name} --help)")
+        return exc.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        complain(name, interrupted)
+        return _INTERRUPTED
+    except ModuleNotFoundError as exc:
+        package = (exc.name or "").partition(".")[0]
+        if package.startswith("caption_"):  # not a missing package but a mistake of ours
+            raise
+        brings = f"caption-rt[{extra}]" if extra else "caption-rt"
+        complain(name, f"{exc.name} is not installed: pip install '{brings}' brings it")
+        return OptionsError.exit_code
+    except OSError as exc:
+        reason = exc.strerror or exc
+        if exc.filename is None:
+            _drop_output()
+        complain(name, f"{exc.filename or 'the output cannot be written'}: {reason}")
+        return CaptionError.exit_code
+
+
+def complain(name: str, message: str) -> None:
+    """Say on stderr what is wrong, on one line whatever the message holds.
+
+    Args:
+        name: the program's name.
+        message: a sentence.
+    """
+    click.echo(f"{name}: error: {printable(message)}", err=True)
+
+
+def echo(line: str) -> None:
+    """Print a line of results on stdout; where its reader is gone (``| head -1``), end the command quietly."""
+    try:
+        click.echo(line)
+    except BrokenPipeError as exc:
+        _drop_output()
+        raise click.exceptions.Exit(_PIPE_CLOSED) from exc
+
+
+def _drop_output() -> None:
+    """Send what is still buffered nowhere: Python would try to write it once more at exit, and report that."""
+    # A stdout that an embedding program put there has no file, and nothing to drop.
+    with contextlib.suppress(OSError):
+        target = sys.stdout.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, target)
+        os.close(nowhere)
