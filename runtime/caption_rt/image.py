@@ -97,6 +97,8 @@ def open_photo(source: ImageSource, *, at_least: int | None = None) -> Image.Ima
 
 
 def _open_path(path: str, at_least: int | None) -> Image.Image:
+    if not path:  # which the file system would take as the folder we are in
+        raise ImageError("the path of a photo is empty: name an image file")
     name = printable(path)
     try:
         mode = Path(path).stat()

@@ -210,6 +210,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
         (np.zeros((1, 4, 4, 3), np.uint8), "not uint8 [1, 4, 4, 3]"),
         (np.zeros((0, 4, 3), np.uint8), "is empty"),
         (b"", "is empty"),
+        ("", "the path of a photo is empty: name an image file"),
         (42, "int is none of them"),
         (None, "NoneType is none of them"),
     ],
