@@ -139,8 +139,3 @@ def _constant_value(node: NodeProto, graph_name: str) -> NDArray[np.generic]:
 
 def _value_info(tensor: TensorSpec) -> ValueInfoProto:
     return helper.make_tensor_value_info(tensor.name, DTYPES[tensor.dtype], list(tensor.shape))
-
-
-def parse_model(data: bytes) -> ModelProto:
-    """The ONNX model of serialised bytes."""
-    return onnx.load_model_from_string(data)

@@ -52,7 +52,8 @@ def run_command(
         complain(name, str(exc))
         return exc.exit_code
     except click.UsageError as exc:
-        complain(name, f"{exc.format_message().removesuffix('.')} (see {exc.ctx.command_path if exc.ctx else name} --help)")
+        asked = exc.ctx.command_path if exc.ctx else name
+        complain(name, f"{exc.format_message().removesuffix('.')} (see {asked} --help)")
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt):
         complain(name, interrupted)
