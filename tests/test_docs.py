@@ -1,0 +1,104 @@
+"""The documents held against the code: their commands parse, their links lead somewhere, their snippets run."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import click
+import pytest
+
+import caption_export.cli
+import caption_rt.cli
+import caption_train.cli
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "models" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = {
+    "caption-rt": caption_rt.cli.command,
+    "caption-export": caption_export.cli.command,
+    **{f"caption-train {name}": command for name, command in caption_train.cli.command.commands.items()},
+}
+every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def code(text):
+    """What a document sets as code, line by line: fenced, indented, or between backticks."""
+    text = text.replace("\\\n", " ")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks += re.findall(r"^    (.*)", text, re.MULTILINE) + re.findall(r"`([^`\n]+)`", text)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def calls(path):
+    """The calls of our commands in a document: name and arguments."""
+    found = re.compile(r"(?:^|[ /])(caption-(?:rt|export|train \w+)) ([^&|]+)")
+    for line in code(path.read_text(encoding="utf-8")):
+        for name, arguments in found.findall(line.removeprefix("$ ")):
+            yield name, shlex.split(arguments, comments=True)
+
+
+@every_document
+def test_commands_in_documents_are_understood(path):
+    for name, arguments in calls(path):
+        try:
+            COMMANDS[name].make_context(name, list(arguments))
+        except click.MissingParameter:
+            pass  # a sentence may name an option without the rest of the command
+        except click.UsageError as error:
+            pytest.fail(f"{name} {shlex.join(arguments)}: {error.format_message()}")
+
+
+def test_there_are_commands_to_look_at():
+    names = {name for path in DOCUMENTS for name, _ in calls(path)}
+    assert names == {
+        "caption-rt",
+        "caption-export",
+        "caption-train train",
+        "caption-train evaluate",
+        *["caption-train distill"],
+    }
+    assert sum(len(list(calls(path))) for path in DOCUMENTS) > 25
+
+
+@every_document
+def test_links_in_documents_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, heading = target.partition("#")
+        there = (path.parent / name).resolve() if name else path
+        assert there.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)", there.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in anchors, target
+
+
+def test_options_of_training_in_the_documents_are_there():
+    """The tables name options without a command."""
+    known = {option for command in COMMANDS.values() for param in command.params for option in param.opts}
+    known |= {"--help", "--version"}
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
+
+
+def test_the_snippets_on_embedding_run_in_order(tiny_bundle, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("caption_rt.captioner.default_bundle_path", lambda: tiny_bundle)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_bundle, "my-bundle")
+    shutil.copy(photos[2], "photo.jpg")
+    Path("photos").mkdir()
+    for photo in photos:
+        shutil.copy(photo, "photos")
+    text = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    names = {}
+    for snippet in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        # The one that asks for CUDA catches the error where there is none.
+        exec(snippet, names)
+    printed = capsys.readouterr().out
+    assert printed.startswith("in dog cat ball cat\n")
+    assert f"{Path('photos', 'coffee.jpg')}: in dog cat ball cat\n" in printed
+    assert names["texts"][2] == "in dog cat ball cat"
+    assert names["result"].max_difference < names["result"].tolerance
