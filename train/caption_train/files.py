@@ -21,11 +21,27 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file; a torn last line, which a kill leaves, is left out. A missing file has no records."""
-    if not path.exists():
+    """Read a JSON-lines file; a torn last line, which a kill leaves, is left out. A missing file has no records.
+
+    Raises:
+        TrainingError: The file cannot be read, or a whole line is not a JSON object.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    except OSError as exc:
+        raise TrainingError(f"{path} cannot be read: {exc.strerror or exc}") from exc
+    records = []
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+        except ValueError as exc:
+            raise TrainingError(f"{path}, line {number}: this is not JSON: {exc}") from exc
+        if not isinstance(record, dict):
+            raise TrainingError(f"{path}, line {number}: this is not a JSON object")
+        records.append(record)
+    return records
 
 
 def rewrite_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
