@@ -158,7 +158,7 @@ def search(stepper: PipelineStepper, options: DecodeOptions, vocabulary: Vocabul
         options,
         start_id=vocabulary.start_id,
         end_id=vocabulary.end_id,
-        banned=(vocabulary.pad_id, vocabulary.start_id, vocabulary.unk_id),
+        banned=vocabulary.unspoken_ids,
     )
 
 

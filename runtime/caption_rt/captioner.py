@@ -270,13 +270,12 @@ class Captioner:
             return []
         encoded = self._engine.encode(self._engine.extract(np.stack(photos)))
         vocabulary = self._bundle.vocabulary
-        banned = {vocabulary.pad_id, vocabulary.start_id, vocabulary.unk_id}
         found = decode(
             _EngineStepper(self._engine, encoded),
             options,
             start_id=vocabulary.start_id,
             end_id=vocabulary.end_id,
-            banned=banned,
+            banned=vocabulary.unspoken_ids,
         )
         return [self._to_caption(hypotheses[0]) for hypotheses in found]
 

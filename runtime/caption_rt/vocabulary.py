@@ -77,6 +77,11 @@ class Vocabulary:
         """The four special ids by name: pad, unk, start, end."""
         return {"pad": self.pad_id, "unk": self.unk_id, "start": self.start_id, "end": self.end_id}
 
+    @property
+    def unspoken_ids(self) -> frozenset[int]:
+        """The ids that no caption may hold, and no search may choose: pad, unk and start."""
+        return frozenset((self.pad_id, self.unk_id, self.start_id))
+
     def __len__(self) -> int:
         """Number of token ids, special ones included: the V of the decoder's log-probabilities."""
         return len(self.words)

@@ -44,6 +44,7 @@ def test_encode_and_decode():
 def test_special_ids_may_stand_anywhere():
     vocabulary = Vocabulary(("cat", END, PAD, "dog", START, UNK))
     assert (vocabulary.pad_id, vocabulary.unk_id, vocabulary.start_id, vocabulary.end_id) == (2, 5, 4, 1)
+    assert vocabulary.unspoken_ids == {2, 5, 4}
     assert vocabulary.encode("dog bird") == [3, 5]
     assert vocabulary.decode([4, 0, 3, 1]) == "cat dog"
     data = vocabulary.to_json()
