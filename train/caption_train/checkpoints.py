@@ -14,6 +14,28 @@ from caption_train.errors import TrainingError, first_line
 
 logger = logging.getLogger(__name__)
 
+# TensorFlow's reader of checkpoints turns some of its errors into Python's.
+_UNREADABLE = (tf.errors.OpError, LookupError, RuntimeError)
+
+
+def read_checkpoint(path: str, parts: Mapping[str, Any]) -> None:
+    """Restore some of what a checkpoint holds.
+
+    Args:
+        path: The checkpoint, without the endings of its files.
+        parts: Names to models and variables; all of their values must be in it.
+
+    Raises:
+        TrainingError: It cannot be read, or is of something else.
+    """
+    try:
+        # Partial is expected first: else TensorFlow logs what is left over when the check fails.
+        tf.train.Checkpoint(**parts).restore(path).expect_partial().assert_existing_objects_matched()
+    except _UNREADABLE as exc:
+        raise TrainingError(f"the checkpoint {path} cannot be read: {first_line(exc)}") from exc
+    except (ValueError, AssertionError) as exc:
+        raise TrainingError(f"the checkpoint {path} is of another model: {first_line(exc)}") from exc
+
 
 @contextlib.contextmanager
 def tensorflow_errors(doing: str) -> Iterator[None]:
@@ -65,12 +87,15 @@ class Checkpoints:
         Raises:
             TrainingError: A checkpoint is of something else, or there are some and none can be read.
         """
-        paths = self._manager.checkpoints[::-1]
-        for path in paths:
+        # Not the manager's own list: it leaves out what is older than the clock says now, so that after a clock was set
+        # back a run would begin anew.
+        state = tf.train.get_checkpoint_state(self._manager.directory)
+        paths = list(state.all_model_checkpoint_paths) if state else []
+        for path in reversed(paths):
             try:
-                self._checkpoint.restore(path).assert_consumed()
+                self._checkpoint.restore(path).expect_partial().assert_consumed()
             # The disk, or a machine that went down, may have damaged the last one; that is what the others are for.
-            except tf.errors.OpError as exc:
+            except _UNREADABLE as exc:
                 logger.warning("the checkpoint %s cannot be read (%s)", path, first_line(exc))
             except (ValueError, AssertionError) as exc:
                 raise TrainingError(f"the checkpoint {path} is of another model: {first_line(exc)}") from exc

@@ -58,7 +58,7 @@ def command(verbose: bool) -> None:
     # where it makes training an extractor twice as fast.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    os.environ["KERAS_BACKEND"] = "tensorflow"  # there is no other for these models, whatever Keras is set to
 
 
 def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:

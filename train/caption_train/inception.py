@@ -23,6 +23,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from caption_rt.errors import OptionsError
+from caption_train.checkpoints import tensorflow_errors
 from caption_train.errors import TrainingError, first_line
 from caption_train.files import write_json
 
@@ -399,7 +400,10 @@ def load_extractor(folder: Path) -> tuple[keras.Model, ExtractorConfig]:
 
 
 def extract_with(model: keras.Model) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-    """The extractor as a function of arrays: uint8 [n, S, S, 3] -> float32 [n, P, C], places in row-major order."""
+    """The extractor as a function of arrays: uint8 [n, S, S, 3] -> float32 [n, P, C], places in row-major order.
+
+    The function raises TrainingError where TensorFlow cannot go on (no memory).
+    """
     rows, columns, channels = model.output_shape[1:]
     forward = tf.function(
         lambda photos: model(photos, training=False),
@@ -407,6 +411,7 @@ def extract_with(model: keras.Model) -> Callable[[NDArray[np.uint8]], NDArray[np
     )
 
     def extract(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.asarray(forward(photos)).reshape(-1, rows * columns, channels)
+        with tensorflow_errors(f"the extractor on {len(photos)} photos"):
+            return np.asarray(forward(photos)).reshape(-1, rows * columns, channels)
 
     return extract

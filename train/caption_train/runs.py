@@ -29,9 +29,9 @@ from caption_rt.image import read_photo
 from caption_rt.search import DecodeOptions, Hypothesis, decode
 from caption_rt.vocabulary import Vocabulary
 from caption_train.cache import ABSENT, GridCache
-from caption_train.checkpoints import tensorflow_errors
+from caption_train.checkpoints import read_checkpoint
 from caption_train.datasets import CaptionedImage, Dataset
-from caption_train.errors import DatasetError, TrainingError, first_line
+from caption_train.errors import DatasetError, TrainingError
 from caption_train.files import read_json, refuse_other_options, write_json
 from caption_train.inception import (
     DISTILLATION,
@@ -253,12 +253,7 @@ def open_run(folder: Path, which: str = BEST) -> Run:
     rows, columns, channels = extractor.output_shape[1:]
     model = CaptionModel(model_config(config, rows * columns, channels, len(vocabulary)))
     step = tf.Variable(0, dtype=tf.int64, trainable=False)
-    checkpoint = tf.train.Checkpoint(encoder=model.encoder, decoder=model.decoder, step=step)
-    try:
-        with tensorflow_errors(f"reading the checkpoint {path}"):
-            checkpoint.restore(path).assert_existing_objects_matched().expect_partial()
-    except (ValueError, AssertionError) as exc:
-        raise TrainingError(f"the checkpoint {path} does not fit {folder / _RUN}: {first_line(exc)}") from exc
+    read_checkpoint(path, {"encoder": model.encoder, "decoder": model.decoder, "step": step})
     facts = {**record, "checkpoint": {"which": which, "step": int(step)}}
     scores = read_json(folder / _SCORES) if (folder / _SCORES).exists() else {}
     return Run(folder, extractor, extractor_config, model, vocabulary, config.max_words, facts, scores)
