@@ -155,12 +155,14 @@ def searches_with(default: DecodeOptions) -> list[DecodeOptions]:
 
 
 def scores_of_checkpoint(run: Run) -> dict[str, Any]:
-    """The run's scores by split, without those that another checkpoint got."""
-    which = run.facts.get("checkpoint", {}).get("which")
+    """The run's scores by split, without those that another checkpoint got, or the best one of an earlier step."""
+    checkpoint = run.facts.get("checkpoint", {})
+    wanted = {"checkpoint": checkpoint.get("which"), "step": checkpoint.get("step")}
     return {
         split: record
         for split, record in run.scores.items()
-        if which is None or not isinstance(record, Mapping) or record.get("checkpoint", which) == which
+        if not isinstance(record, Mapping)
+        or all(value is None or record.get(name, value) == value for name, value in wanted.items())
     }
 
 

@@ -14,7 +14,7 @@ from caption_export import exporting
 from caption_export.errors import ExportError
 from caption_export.exporting import export_bundle, made_with, read_photos, scores_of_checkpoint
 from caption_export.pipelines import best_captions
-from caption_rt import Bundle, BundleError, Captioner, DecodeOptions, OptionsError
+from caption_rt import Bundle, BundleError, Captioner, DecodeOptions, EngineError, OptionsError
 from caption_rt.image import FORMATS
 
 pytestmark = pytest.mark.tf
@@ -92,7 +92,7 @@ def test_the_bundle_captions_as_tensorflow_does(exported, reference, run, photos
             np.testing.assert_allclose(caption.attention, hypothesis.attention.reshape(-1, 3, 3), atol=1e-4)
 
 
-def test_the_self_test_passes_and_can_fail(exported, tmp_path):
+def test_the_self_test_passes_and_can_fail(exported, monkeypatch):
     result = Captioner.load(exported[0], device="cpu").self_test()
     assert (result.photos, result.tolerance) == (2, 1e-3)
     assert result.max_difference < 1e-4
@@ -100,6 +100,10 @@ def test_the_self_test_passes_and_can_fail(exported, tmp_path):
     assert [entry["name"] for entry in record["inputs"]] == ["field", "tiles"]
     assert record["options"] == {"beam_size": 1, "length_penalty": 0.0, "max_words": 6}
     assert record["expected"][0]["token_ids"] != record["expected"][1]["token_ids"]
+    record["expected"][0]["log_prob"] += 0.01
+    monkeypatch.setattr(Bundle, "selftest", lambda bundle: record)
+    with pytest.raises(EngineError, match=r"^the self-test failed: a log-probability of field is 0\.01 off"):
+        Captioner.load(exported[0], device="cpu").self_test()
 
 
 def test_the_manifest_has_the_facts(exported):
@@ -199,6 +203,9 @@ def test_scores_of_another_checkpoint_are_left_out(run):
     assert scores_of_checkpoint(replace(run, scores=scores)) == {"validation": scores["validation"]}
     last = replace(run, scores=scores, facts={**run.facts, "checkpoint": {"which": "last", "step": 1}})
     assert scores_of_checkpoint(last) == {"test": scores["test"]}
+    # Evaluated, then trained further: the best checkpoint is another one now.
+    steps = {"validation": {"checkpoint": "best", "step": 20}, "test": {"checkpoint": "best", "step": 30}}
+    assert scores_of_checkpoint(replace(run, scores=steps)) == {"test": steps["test"]}
 
 
 def test_a_run_that_says_nothing_of_itself_is_exported(reset_run, reset_graphs, photos, tmp_path, monkeypatch):
