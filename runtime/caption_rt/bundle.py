@@ -269,7 +269,8 @@ def write_bundle(
         The bundle, opened.
 
     Raises:
-        BundleError: the facts or files contradict each other, or there is already something in that place.
+        BundleError: the facts or files contradict each other, a fact is not a JSON value, or there is already something
+            in that place.
         CaptionError: the files cannot be written.
     """
     target = Path(folder)
@@ -290,7 +291,10 @@ def write_bundle(
         versions=versions,
     )
     _check_target(target, overwrite)
-    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as exc:
+        raise BundleError(f"the bundle {printable(target)}: its facts are not JSON values: {printable(exc)}") from exc
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     try:
         temporary.mkdir(parents=True)

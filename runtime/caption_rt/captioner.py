@@ -201,7 +201,7 @@ class Captioner:
                 it; or "return" the error in the caption's place and go on.
 
         Raises:
-            OptionsError: an impossible `batch_size` or `on_error`.
+            OptionsError: an impossible `batch_size` or `on_error`, or one path or file in place of several.
             ImageError: a photo cannot be read, with `on_error="raise"`.
             EngineError: ONNX Runtime fails.
         """
@@ -209,6 +209,8 @@ class Captioner:
             raise OptionsError(f"batch_size must be at least 1, not {batch_size}")
         if on_error not in ("raise", "return"):
             raise OptionsError(f'on_error is "raise" or "return", not {on_error!r}')
+        if isinstance(images, str | bytes):  # whose characters would be taken as photos
+            raise OptionsError("caption_many takes several photos: give a list, or use caption for one")
         # Apart, because a generator would report a wrong argument only when its first caption is asked for.
         return self._caption_many(images, options or self._options, batch_size, on_error == "raise")
 

@@ -382,6 +382,9 @@ def test_nothing_half_written_stays(tiny_bundle, copy, tmp_path, monkeypatch):
         write_bundle(tmp_path / "new", **wanted | {"contents": {"vocabulary.json": b"", "selftest.json": b""}})
     with pytest.raises(BundleError, match=r"vocabulary\.json"):
         write_bundle(tmp_path / "new", **wanted | {"contents": wanted["contents"] | {"vocabulary.json": b"{}"}})
+    for scores in ({"CIDEr": float("nan")}, {"CIDEr": object()}):
+        with pytest.raises(BundleError, match="new: its facts are not JSON values: "):
+            write_bundle(tmp_path / "new", **wanted | {"scores": scores})
     assert os.listdir(tmp_path) == ["copy"]
 
     def fail(*_):

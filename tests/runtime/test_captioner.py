@@ -147,6 +147,9 @@ def test_wrong_arguments_are_refused_at_once(captioner):
         captioner.caption_many([], batch_size=0)
     with pytest.raises(OptionsError, match='on_error is "raise" or "return", not '):
         captioner.caption_many([], on_error="ignore")
+    for one in ("photo.jpg", b"data"):
+        with pytest.raises(OptionsError, match="caption_many takes several photos: give a list"):
+            captioner.caption_many(one)
     assert list(captioner.caption_many([])) == []
 
 
