@@ -120,4 +120,4 @@ def _say_progress() -> None:
     logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)
     # Before TensorFlow is imported, which reads them once.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    os.environ["KERAS_BACKEND"] = "tensorflow"  # there is no other for these models, whatever Keras is set to
