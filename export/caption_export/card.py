@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from caption_export.parity import BATCH_SIZES, LOG_PROB_TOLERANCE, Report, search_name
+from caption_export.parity import LOG_PROB_TOLERANCE, Report, search_name
 from caption_rt.bundle import GridSpec
 from caption_rt.search import DecodeOptions
 from caption_train.model import ModelConfig
@@ -97,7 +97,7 @@ def _verification(facts: CardFacts) -> Iterator[str]:
     yield ""
     yield (
         "Before this bundle was written, its graphs were run in ONNX Runtime beside the TensorFlow networks they come "
-        f"from, on {photos} images, {', '.join(map(str, BATCH_SIZES))} at a time, each graph with the same inputs on "
+        f"from, on {photos} images, {', '.join(map(str, report.batch_sizes))} at a time, each graph with the same inputs on "
         "both sides:"
     )
     yield ""

@@ -7,7 +7,7 @@ compared on the states it really meets: those of TensorFlow's greedy captions of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -110,10 +110,6 @@ class Report:
     graphs: tuple[GraphReport, ...]
     tensors: tuple[TensorReport, ...]
     searches: tuple[SearchReport, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self)
 
 
 def verify(

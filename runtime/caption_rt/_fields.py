@@ -46,10 +46,6 @@ class Fields:
         self._data: dict[str, Any] = data
         self._where = where
 
-    def __contains__(self, key: str) -> bool:
-        """Whether the object has the key."""
-        return key in self._data
-
     def names(self) -> list[str]:
         """All keys, in the file's order."""
         return list(self._data)

@@ -84,7 +84,7 @@ def test_exported_graphs_are_equal(reference, graphs, reset_run, reset_graphs, r
     assert [graph.name for graph in report.graphs] == ["extractor", "encoder", "decoder"]
     assert [graph.size for graph in report.graphs] == [len(graph.data) for graph in graphs.values()]
     assert report.graphs[2].nodes == sum(report.graphs[2].operators.values()) == (30 if recurrence == "carry" else 26)
-    assert report.to_json()["tensors"][0]["tolerance"] == {"absolute": 5e-4, "relative": 5e-4}
+    assert report.tensors[0].tolerance == Tolerance(5e-4, 5e-4)
 
 
 def test_the_photos_of_these_tests_get_different_captions(reference, compared, run):
