@@ -92,13 +92,12 @@ def _scores(facts: CardFacts) -> Iterator[str]:
 
 def _verification(facts: CardFacts) -> Iterator[str]:
     report = facts.report
-    photos = len(report.photos)
+    sizes = ", ".join(map(str, report.batch_sizes))
     yield "## Verification"
     yield ""
     yield (
         "Before this bundle was written, its graphs were run in ONNX Runtime beside the TensorFlow networks they come "
-        f"from, on {photos} images, {', '.join(map(str, report.batch_sizes))} at a time, each graph with the same inputs on "
-        "both sides:"
+        f"from, on {len(report.photos)} images, {sizes} at a time, each graph with the same inputs on both sides:"
     )
     yield ""
     yield from _table(
