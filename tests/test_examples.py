@@ -1,0 +1,46 @@
+"""The whole way on real photos: what the example's script promises, in the time that it promises."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from caption_rt import Bundle
+
+SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_export_run.sh"
+
+
+@pytest.mark.tf
+@pytest.mark.data
+@pytest.mark.skipif(os.name != "posix", reason="a script of the shell")
+def test_from_captioned_photos_to_a_caption(shared: Path, photos: list[Path], tmp_path: Path) -> None:
+    # The commands stand beside this Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    started = time.monotonic()
+    done = subprocess.run(
+        [SCRIPT, shared / "flickr8k", tmp_path, *photos],
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started < 600
+    lines = done.stdout.splitlines()
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert [line.split("\t")[0] for line in lines[-3:]] == [str(photo) for photo in photos]
+    for line in lines[-3:]:
+        words = line.split("\t")[1].split()
+        assert 1 <= len(words) <= 12
+        assert set(words) <= set(bundle.vocabulary.words)
+    assert lines[-4].startswith("self-test passed: bundle, 2 photos on ")
+    scores = dict(line.rsplit(maxsplit=1) for line in lines[:7])
+    assert list(scores) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "photos"]
+    assert scores["photos"] == "1000"
+    assert float(scores["BLEU-1"]) > 35  # what is said of most photos, it says
+    assert bundle.manifest.training["dataset"]["training_photos"] == 300
+    assert bundle.manifest.scores["validation"]["BLEU-1"] == pytest.approx(float(scores["BLEU-1"]), abs=1e-3)
