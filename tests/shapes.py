@@ -14,6 +14,7 @@ COLOURS: Mapping[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "square", "triangle")
+TWO_CAPTIONS = ("{}", "There is {}, in the middle.")
 
 
 def shape_photo(index: int) -> tuple[Image.Image, str]:
@@ -33,14 +34,16 @@ def shape_photo(index: int) -> tuple[Image.Image, str]:
     return photo, f"a {colour} {shape} on a {ground} ground"
 
 
-def write_flickr8k(folder: Path, train: Sequence[int], validation: Sequence[int], *, captions_each: int = 2) -> Path:
+def write_flickr8k(
+    folder: Path, train: Sequence[int], validation: Sequence[int], *, captions: Sequence[str] = TWO_CAPTIONS
+) -> Path:
     """Write drawn photos in the format of Flickr8k, with the lists of its split.
 
     Args:
         folder: Made if it is not there.
         train: Numbers of the photos to train on.
         validation: Numbers of those to validate on.
-        captions_each: 1, or 2 for a longer caption as well.
+        captions: What each photo's captions are, {} being the one that tells all.
 
     Returns:
         The folder.
@@ -50,8 +53,7 @@ def write_flickr8k(folder: Path, train: Sequence[int], validation: Sequence[int]
     for index in (*train, *validation):
         photo, caption = shape_photo(index)
         photo.save(folder / "images" / f"{index}.jpg", quality=90)
-        texts = (caption, f"There is {caption}, in the middle.")
-        lines += [f"{index}.jpg#{k}\t{text}\n" for k, text in enumerate(texts[:captions_each])]
+        lines += [f"{index}.jpg#{k}\t{text.format(caption)}\n" for k, text in enumerate(captions)]
     (folder / "Flickr8k.token.txt").write_text("".join(lines), encoding="utf-8")
     for name, part in (("train", train), ("dev", validation)):
         (folder / f"Flickr_8k.{name}Images.txt").write_text("".join(f"{index}.jpg\n" for index in part))

@@ -1,6 +1,7 @@
 """What the tests of the training package share."""
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -12,3 +13,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 if importlib.util.find_spec("tensorflow") is None and os.environ.get("CAPTION_RT_NO_SKIP") != "1":
     collect_ignore = [str(Path(__file__).with_name(name)) for name in NEED_TENSORFLOW]
+
+# Of a checkpoint that does not fit, TensorFlow lists every variable when it is thrown away, at the process' end.
+logging.getLogger("tensorflow").setLevel(logging.ERROR)

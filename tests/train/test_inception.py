@@ -21,6 +21,7 @@ from caption_train.inception import (
     scaled_filters,
     weights_key,
 )
+from shapes import shape_photo
 
 pytestmark = pytest.mark.tf
 
@@ -212,6 +213,15 @@ def test_load_refuses_a_folder_without_an_extractor(tmp_path: Path, tiny: keras.
     with pytest.raises(TrainingError, match="do not fit this extractor") as caught:
         load_extractor(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_untrained_grid_tells_photos_apart() -> None:
+    """Without the right initial scale it shrinks to 1e-4 on its way to mixed10, where float16 ends."""
+    keras.utils.set_random_seed(0)
+    pixels = np.stack([shape_photo(index)[0].resize((139, 139)) for index in range(4)])
+    grid = build_extractor(ExtractorConfig(width=0.25, size=139))(pixels, training=False).numpy()
+    assert 0.03 < grid.mean() < 1
+    assert grid.std(axis=0).mean() > 0.005
 
 
 def test_none_leaves_the_weights(tiny: keras.Model) -> None:

@@ -54,6 +54,7 @@ def command(verbose: bool) -> None:
     """  # noqa: D301 - \b is click's mark for lines that stay as they are
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("caption_train").setLevel(logging.INFO)
+    logging.getLogger("tensorflow").setLevel(logging.INFO if verbose else logging.ERROR)
     # Before TensorFlow is imported, which reads them once. oneDNN is off by default on processors without AVX-512,
     # where it makes training an extractor twice as fast.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")

@@ -180,6 +180,9 @@ class _Builder:
             strides=spec.stride,
             padding=spec.padding,
             use_bias=False,
+            # He et al. 2015: what ReLU takes away is put back. With Keras' default the grid of an untrained network
+            # shrinks to 1e-4 at mixed10, and nothing can be learnt from it.
+            kernel_initializer="he_normal",
             name=f"conv_{number}",
         )(x)
         x = keras.layers.BatchNormalization(scale=False, epsilon=_BATCH_NORM_EPSILON, name=f"norm_{number}")(x)

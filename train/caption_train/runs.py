@@ -295,7 +295,7 @@ def evaluate(
             options,
             start_id=vocabulary.start_id,
             end_id=vocabulary.end_id,
-            banned=(vocabulary.pad_id, vocabulary.start_id, vocabulary.unk_id),
+            banned=vocabulary.unspoken_ids,
         )
         hypotheses += [best[0] for best in found]
         on_photos(len(chosen))
