@@ -6,7 +6,14 @@ import os
 from pathlib import Path
 
 # These import TensorFlow at their head. Without it they are left out, unless nothing may be (see tests/conftest.py).
-NEED_TENSORFLOW = ["test_distill.py", "test_inception.py", "test_model.py", "test_runs.py", "test_training.py"]
+NEED_TENSORFLOW = [
+    "test_cli.py",
+    "test_distill.py",
+    "test_inception.py",
+    "test_model.py",
+    "test_runs.py",
+    "test_training.py",
+]
 
 # Before TensorFlow is imported, which reads it once: what it says of its own set-up is not about the tests.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

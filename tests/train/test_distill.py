@@ -161,9 +161,11 @@ def test_a_stopped_run_goes_on_exactly(unbroken: Path, views: list[Any], tmp_pat
         np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-4)
 
 
-def test_grids_of_another_size(views: list[Any], tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"has 49 places and the student's 3 x 3: choose a layer and size that ag"):
-        Distillation(replace(STUDENT, layer="mixed3"), CONFIG, views, tmp_path)
+def test_grids_of_another_size(photos: list[Path], teacher_file: Path, tmp_path: Path) -> None:
+    student = replace(STUDENT, layer="mixed3")
+    with pytest.raises(OptionsError, match="grid has 7 x 7 places and the student's 3 x 3: choose layers that agree"):
+        run_distillation(photos, TEACHER, str(teacher_file), student, CONFIG, tmp_path / "run", tmp_path / "c", silent)
+    assert list(tmp_path.iterdir()) == []  # before the teacher has seen a photo
 
 
 def test_too_few_photos(views: list[Any], tmp_path: Path) -> None:

@@ -242,6 +242,7 @@ def evaluate(
 )
 @click.option("--teacher-layer", default="mixed10", help="Block of the teacher that is reproduced, mixed0 to mixed10.")
 @click.option("--width", type=float, default=0.25, help="Width multiplier of the student.")
+@click.option("--layer", default="mixed10", help="Block of the student whose output is its grid, mixed0 to mixed10.")
 @click.option("--size", type=int, default=299, help="Pixels to a side of the photos, for both.")
 @click.option("--epochs", type=_COUNT, default=10, help="Passes over all views.")
 @click.option("--views", type=_COUNT, default=2, help="Views of each photo: the whole, and crops.")
@@ -257,6 +258,7 @@ def distill(
     teacher_weights: str,
     teacher_layer: str,
     width: float,
+    layer: str,
     size: int,
     **options: Any,
 ) -> None:
@@ -276,7 +278,7 @@ def distill(
         paths,
         ExtractorConfig(1.0, size, teacher_layer),
         teacher_weights,
-        ExtractorConfig(width, size),
+        ExtractorConfig(width, size, layer),
         DistillConfig(**options),
         out,
         cache or out / "teacher",

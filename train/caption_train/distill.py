@@ -175,18 +175,13 @@ class Distillation:
             folder: Where checkpoints, log and the finished extractor go.
 
         Raises:
-            TrainingError: The grids of student and teacher differ in size, or too few photos.
+            TrainingError: Too few photos, or the checkpoint is of another run.
         """
         keras.utils.set_random_seed(config.seed)
         self.student_config, self.config, self.folder = student, config, folder
         self.student = build_extractor(student)
-        places, channels = views[0].cache.grid_shape
+        _, channels = views[0].cache.grid_shape
         rows, columns, _ = self.student.output_shape[1:]
-        if rows * columns != places:
-            raise TrainingError(
-                f"the teacher's grid has {places} places and the student's {rows} x {columns}: choose a layer and size "
-                "that agree"
-            )
         self._train, self._held_out = _hold_out(views, config)
         if len(self._train) < config.batch_size:
             raise TrainingError(
@@ -385,10 +380,17 @@ def run_distillation(
         progress: Given all steps and those done, opens what is called after each step.
 
     Raises:
+        OptionsError: The grids of student and teacher differ in size.
         TrainingError: The folder holds a run with other options; see `teacher_views` and `Distillation`.
         OSError: The folder cannot be written.
     """
     teacher = build_extractor(teacher_config)
+    theirs, ours = teacher.output_shape[1:3], build_extractor(student_config).output_shape[1:3]
+    if theirs != ours:  # found now rather than when the teacher has seen all photos
+        raise OptionsError(
+            f"the teacher's grid has {theirs[0]} x {theirs[1]} places and the student's {ours[0]} x {ours[1]}: choose "
+            "layers that agree"
+        )
     teacher_key = load_extractor_weights(teacher, teacher_weights)
     options = {
         "teacher": {**asdict(teacher_config), "weights": Path(teacher_weights).name, "sha256": teacher_key},

@@ -8,9 +8,11 @@ convolution and in the same order, which a test holds by loading the same weight
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -358,7 +360,8 @@ def _load_keras(model: keras.Model, weights: str) -> None:
     if model.get_layer("conv_0").filters != _STEM_FILTERS:
         raise TrainingError(f"the weights {weights} are of InceptionV3 at width 1.0, this extractor has another width")
     try:
-        source = keras.applications.InceptionV3(include_top=False, weights=weights)
+        with contextlib.redirect_stdout(sys.stderr):  # where Keras' progress of a download belongs
+            source = keras.applications.InceptionV3(include_top=False, weights=weights)
     except Exception as exc:  # Keras raises a bare Exception for a failed download
         if weights != "imagenet":
             raise TrainingError(f"{weights} does not hold Keras' InceptionV3 without top: {first_line(exc)}") from exc

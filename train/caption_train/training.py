@@ -71,11 +71,12 @@ class TrainConfig:
     """Of the initial weights, the order of the captions and the dropout."""
 
     def __post_init__(self) -> None:
-        """Check the values that the model does not check itself.
+        """Check the values, those of the model among them: a run that has begun cannot have others.
 
         Raises:
-            OptionsError: A number that is not positive, or an unknown schedule.
+            OptionsError: A number out of its range, an unknown schedule or recurrence.
         """
+        model_config(self, places=1, channels=1, vocabulary_size=1)
         for name in ("vocabulary", "max_words", "batch_size", "epochs", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise OptionsError(f"training: {name} must be at least 1, not {getattr(self, name)}")

@@ -1,0 +1,319 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from caption_train.cli import main
+from caption_train.files import read_json_lines
+from shapes import shape_photo, write_flickr8k
+
+pytestmark = pytest.mark.tf
+
+PROGRAM = "import sys; from caption_train.cli import main; sys.exit(main())"
+EXTRA = ("h5py", "keras", "matplotlib", "pycocoevalcap", "tensorflow")
+TINY = (
+    *("--extractor-weights", "none", "--width", "0.1", "--size", "75", "--layer", "mixed0"),
+    *("--embedding-dim", "24", "--units", "32", "--dropout", "0", "--max-words", "12"),
+    *("--batch-size", "8", "--epochs", "20", "--learning-rate", "0.02", "--checkpoint-steps", "2"),
+)
+
+
+def command(*arguments: object, without: tuple[str, ...] = ()) -> list[str]:
+    """`caption-train` as a process of its own; on a machine that lacks some packages."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({without}, None)); " if without else ""
+    return [sys.executable, "-c", blocked + PROGRAM, *map(str, arguments)]
+
+
+def run(*arguments: object, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        command(*arguments, without=without), capture_output=True, text=True, check=False, encoding="utf-8"
+    )
+    assert "Traceback" not in result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_flickr8k(tmp_path_factory.mktemp("data") / "set", range(0, 24, 3), (27, 30, 33), captions=["{}"] * 5)
+
+
+@pytest.fixture(scope="module")
+def interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
+    """A run that Ctrl-C ended after its first epoch: its folder, what it said, its exit code."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    child = subprocess.Popen(command("train", data, folder, *TINY), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (folder / "history.jsonl").exists() or not (folder / "history.jsonl").read_text():
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=120)
+    return folder, said, child.returncode
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, interrupted: tuple[Path, str, int]) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The same run after the same command was given again: its folder, and how that ended."""
+    folder, _, _ = interrupted
+    return folder, run("train", data, folder, *TINY)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C comes to a child otherwise on Windows")
+def test_ctrl_c_says_how_to_go_on(interrupted: tuple[Path, str, int]) -> None:
+    folder, said, code = interrupted
+    assert code == 130
+    assert said.splitlines()[-1] == "caption-train: error: interrupted; give the same command again to go on"
+    assert "Traceback" not in said
+    assert 0 < len(read_json_lines(folder / "history.jsonl")) < 20
+
+
+def test_the_same_command_goes_on(trained: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, result = trained
+    assert result.returncode == 0
+    assert re.search(r"^going on after step \d+ of 100$", result.stderr, re.MULTILINE)
+    assert result.stderr.splitlines()[-1].startswith("epoch 20 of 20: loss 0.")
+    assert [row["epoch"] for row in read_json_lines(folder / "history.jsonl")] == list(range(1, 21))
+    names = [line.split()[0] for line in result.stdout.splitlines()]
+    assert names == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "photos"]
+    assert result.stdout.splitlines()[-1].split() == ["photos", "3"]
+    scores = json.loads((folder / "scores.json").read_text())["validation"]
+    assert float(result.stdout.split()[1]) == pytest.approx(scores["BLEU-1"], abs=1e-3)
+    assert scores["checkpoint"] == "best"
+
+
+def test_nothing_but_ours_on_stderr(trained: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    lines = trained[1].stderr.splitlines()
+    assert all(line.startswith(("going on after step", "epoch ")) for line in lines), lines
+
+
+def test_evaluate_json(data: Path, trained: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = trained
+    result = run("evaluate", data, folder, "--split", "train", "--checkpoint", "last", "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert list(found["scores"]) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
+    assert found["scores"]["BLEU-4"] == pytest.approx(100)
+    expected = []
+    for index in sorted(range(0, 24, 3), key=str):  # by file name
+        caption = shape_photo(index)[1]
+        path = str(data / "images" / f"{index}.jpg")
+        expected.append({"path": path, "caption": caption, "references": [caption] * 5})
+    assert found["captions"] == expected
+
+
+def test_evaluate_shows_generated_beside_real(
+    data: Path, trained: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = trained
+    arguments = ["evaluate", data, folder, "--beam", "3", "--show", "2", "--max-words", "4", "--length-penalty", "0.5"]
+    assert main([*map(str, arguments)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[6].split() == ["photos", "3"]
+    assert [line for line in lines if line.endswith(".jpg")] == ["27.jpg", "30.jpg"]
+    generated = [line.split()[1:] for line in lines if line.startswith("  generated  ")]
+    assert len(generated) == 2
+    assert all(len(words) <= 4 and words[0] == "a" for words in generated)
+    assert lines[-1] == f"  real       {shape_photo(30)[1]}"
+    record = json.loads((folder / "scores.json").read_text())["validation"]
+    assert (record["beam_size"], record["length_penalty"]) == (3, 0.5)
+
+
+def test_scores_of_other_data_are_not_the_runs(
+    trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, _ = trained
+    before = (folder / "scores.json").read_bytes()
+    other = write_flickr8k(tmp_path / "other", (0, 3), (6, 9), captions=["{}"])
+    assert main(["evaluate", str(other), str(folder), "--show", "0"]) == 0
+    assert "not the data that" in caplog.text
+    assert (folder / "scores.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (
+            ["train", "{data}", "{run}", *TINY, "--epochs", "9"],
+            7,
+            "another training: epochs was 20 and is now 9; give the",
+        ),
+        (["train", "{data}", "{run}", *TINY, "--width", "0.2"], 7, "another extractor: width was 0.1 and is now 0.2"),
+        (["train", "{data}", "{run}", *TINY, "--data-seed", "3"], 7, "another dataset: seed was 0 and is now 3"),
+        (["train", "{data}", "{tmp}/new", "--dropout", "1.5"], 2, "dropout must lie in [0, 1), not 1.5"),
+        (["train", "{data}", "{tmp}/new", "--size", "20"], 2, "extractor size 20 is too small"),
+        (["train", "{data}", "{tmp}/new", "--layer", "mixed99"], 2, "'mixed99' does not exist: choose one of mixed0,"),
+        (["train", "{data}", "{tmp}/new", "--extractor-weights", "gone.h5"], 7, "gone.h5 do not exist: give a file,"),
+        (["train", "{data}", "{data}/Flickr8k.token.txt/x", *TINY], 1, "Flickr8k.token.txt/x: Not a directory"),
+        (["evaluate", "{data}", "{run}", "--split", "test"], 2, "the data set flickr8k has no test split"),
+        (["evaluate", "{data}", "{tmp}"], 7, "is no run folder: it has no run.json"),
+        (["evaluate", "{data}", "{run}", "--beam", "1001"], 2, "beam_size must be a whole number from 1 to 1000"),
+        (
+            ["distill", "{data}/images", "--out", "{tmp}/d", "--learning-rate", "0"],
+            2,
+            "learning_rate must be a positive",
+        ),
+        (
+            ["distill", "{data}/images", "--out", "{tmp}/d", "--exclude", "{tmp}/none.txt"],
+            2,
+            "No such file or directory",
+        ),
+    ],
+)
+def test_wrong_calls_are_one_sentence(
+    data: Path,
+    trained: tuple[Path, subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    sentence: str,
+) -> None:
+    filled = [argument.format(data=data, run=trained[0], tmp=tmp_path) for argument in arguments]
+    assert main(filled) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("caption-train: error: ")
+    assert captured.err.count("\n") == 1
+    assert sentence in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        ([], 2, "(see caption-train --help)"),
+        (["learn"], 2, "No such command 'learn'"),
+        (["train"], 2, "Missing argument 'DATA' (see caption-train train --help)"),
+        (["train", "{tmp}/gone", "{tmp}/run"], 6, "gone: there is no such data set"),
+        (["train", "{tmp}", "{tmp}/run"], 6, "Flickr8k.token.txt: there is no such file"),
+        (["train", "{tmp}/empty.json", "{tmp}/run"], 6, "COCO's captions come without photos"),
+        (["train", "{tmp}/empty.json", "{tmp}/run", "--images", "{tmp}"], 6, "it has no list 'images'"),
+        (["train", "{tmp}/set", "{tmp}/run"], 6, "2 of the 4 photos of"),
+        (["train", "{tmp}/set", "{tmp}/run", "--limit", "1"], 2, "1 is not in the range x>=2"),
+        (["train", "{tmp}/set", "{tmp}/run", "--epochs", "many"], 2, "'many' is not a valid integer range"),
+        (["train", "{tmp}/set", "{tmp}/empty.json"], 2, "is a file"),
+        (["distill", "{tmp}/gone", "--out", "{tmp}/run"], 6, "gone: there is no such folder of photos"),
+    ],
+)
+def test_wrong_calls_are_found_without_tensorflow(
+    tmp_path: Path, arguments: list[str], code: int, sentence: str
+) -> None:
+    (tmp_path / "empty.json").write_text("{}")
+    write_flickr8k(tmp_path / "set", (0, 1), (2, 3))
+    for index in (0, 3):
+        (tmp_path / "set" / "images" / f"{index}.jpg").unlink()
+    result = run(*(argument.format(tmp=tmp_path) for argument in arguments), without=EXTRA)
+    assert result.returncode == code
+    assert result.stdout == ""
+    assert result.stderr.startswith("caption-train: error: ")
+    assert result.stderr.count("\n") == 1
+    assert sentence in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("missing", ["tensorflow", "keras", "matplotlib"])
+def test_without_the_extra(data: Path, tmp_path: Path, missing: str) -> None:
+    without = EXTRA if missing == "keras" else (missing,)
+    result = run("train", data, tmp_path / "run", *TINY, without=without)
+    assert result.returncode == 2
+    sentence = f"{missing}[a-z_.]* is not installed: pip install 'caption-rt\\[train\\]' brings it"
+    assert re.fullmatch(f"caption-train: error: {sentence}\n", result.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [None, "train", "evaluate", "distill"])
+def test_help_needs_no_tensorflow(name: str | None) -> None:
+    result = run(*([name] if name else []), "--help", without=(*EXTRA, "numpy.random"))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"Usage: caption-train {name or '[OPTIONS]'}")
+    # Every option says what it does.
+    options = re.findall(r"^  (-\S.*)$", result.stdout, re.MULTILINE)
+    assert options
+    text = re.sub(r"\n {10,}", "  ", result.stdout)
+    for line in re.findall(r"^  (-\S.*)$", text, re.MULTILINE):
+        assert re.search(r"\S {2,}[A-Z'A]", line), line
+
+
+def test_version() -> None:
+    from caption_rt import __version__
+
+    result = run("--version", without=EXTRA)
+    assert (result.returncode, result.stdout) == (0, f"caption-train {__version__}\n")
+
+
+def test_some_photos_missing(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_flickr8k(tmp_path / "set", range(0, 12, 3), (27, 30), captions=["{}"])
+    (folder / "images" / "3.jpg").unlink()
+    (folder / "images" / "6.jpg").write_bytes(b"cut")
+    arguments = ["train", folder, tmp_path / "run", *TINY, "--max-missing-share", "0.2", "--until", "features"]
+    assert main([*map(str, arguments)]) == 0
+    assert "1 of the 6 photos" in caplog.text
+    assert "6.jpg" in caplog.text
+    assert "1 of 5 photos could not be read and are left out" in caplog.text
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["dataset"]["training_photos"] == 3
+    assert not (tmp_path / "run" / "last").exists()
+
+
+@pytest.mark.data
+def test_coco(shared: Path, tmp_path: Path) -> None:
+    """The real annotation file, of whose 5,000 photos 20 are there."""
+    captions, images = shared / "coco" / "captions_val2017.json", shared / "photos" / "images"
+    arguments = ("train", captions, tmp_path / "run", "--images", images, *TINY, "--epochs", "1")
+    refused = run(*arguments)
+    assert refused.returncode == 6
+    assert "raise max_missing_share from 0 to 0.996" in refused.stderr
+    result = run(*arguments, "--max-missing-share", "0.996", "--until", "training")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "4,980 of the 5,000 photos" in result.stderr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["dataset"]
+    assert (record["name"], record["training_photos"], record["validation_photos"]) == ("coco", 16, 4)
+    assert 80 <= record["training_captions"] <= 84
+    (row,) = read_json_lines(tmp_path / "run" / "history.jsonl")
+    assert row["step"] == -(-record["training_captions"] // 8)
+    assert 1 < row["val_loss"] < 8
+    with Image.open(tmp_path / "run" / "loss.png") as curve:
+        assert curve.format == "PNG"
+
+
+def test_a_distilled_extractor_trains_a_captioner(data: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    arguments = ["train", data, teacher, *TINY, "--width", "1.0", "--until", "features"]
+    assert main([*map(str, arguments)]) == 0
+    student = tmp_path / "student"
+    (tmp_path / "unseen.txt").write_text("0.jpg\n")
+    distill = run(
+        *("distill", data / "images", "--out", student, "--exclude", tmp_path / "unseen.txt"),
+        *("--teacher-weights", teacher / "extractor.weights.h5", "--teacher-layer", "mixed0", "--layer", "mixed0"),
+        *("--width", "0.1", "--size", "75", "--epochs", "2", "--views", "1", "--batch-size", "4"),
+    )
+    assert (distill.returncode, distill.stdout) == (0, f"{student}\n"), distill.stderr
+    assert json.loads((student / "distillation.json").read_text())["distillation"]["photos"] == 10
+    arguments = ["train", data, tmp_path / "run", "--extractor-weights", student, "--until", "features"]
+    assert main([*map(str, arguments)]) == 0
+    extractor = json.loads((tmp_path / "run" / "run.json").read_text())["extractor"]
+    assert (extractor["width"], extractor["size"], extractor["layer"]) == (0.1, 75, "mixed0")
+    assert extractor["weights"] == "student"
+    assert extractor["distillation"]["teacher"]["weights"] == "extractor.weights.h5"
+
+
+def test_what_keras_downloads_is_no_result(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(**options: object) -> None:
+        print("Downloading data from https://example.org")
+        raise Exception("URL fetch failure")
+
+    monkeypatch.setattr("keras.applications.InceptionV3", download)
+    assert main(["train", str(data), str(tmp_path / "run")]) == 7
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "could not download the ImageNet weights (URL fetch failure): give a weights file" in captured.err
+    assert list(tmp_path.iterdir()) == []
