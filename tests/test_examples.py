@@ -1,5 +1,6 @@
 """The whole way on real photos: what the example's script promises, in the time that it promises."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from caption_rt import Bundle
+from caption_rt import Bundle, DecodeOptions
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_export_run.sh"
 
@@ -44,3 +45,17 @@ def test_from_captioned_photos_to_a_caption(shared: Path, photos: list[Path], tm
     assert float(scores["BLEU-1"]) > 35  # what is said of most photos, it says
     assert bundle.manifest.training["dataset"]["training_photos"] == 300
     assert bundle.manifest.scores["validation"]["BLEU-1"] == pytest.approx(float(scores["BLEU-1"]), abs=1e-3)
+
+    from caption_train.datasets import CaptionedImage
+    from caption_train.runs import evaluate, open_run
+
+    # On the device the very tokens of TensorFlow's greedy search, on photos that the exporter did not compare.
+    names = (shared / "flickr8k" / "Flickr_8k.devImages.txt").read_text().split()
+    unseen = [shared / "flickr8k" / "images" / name for name in names[:20]]
+    command = [Path(sys.executable).with_name("caption-rt"), "--json", "--model", tmp_path / "bundle", *unseen]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    trained = open_run(tmp_path / "run")
+    images = [CaptionedImage(path, ("a photo",)) for path in unseen]
+    found = evaluate(trained, images, tmp_path / "grids", DecodeOptions(max_words=trained.max_words))
+    assert [json.loads(line)["tokens"] for line in told] == [list(best.tokens) for best in found.hypotheses]
+    assert len({best.tokens for best in found.hypotheses}) > 1
