@@ -66,9 +66,32 @@ def _data(facts: CardFacts) -> Iterator[str]:
     yield "## How and on what it was trained"
     yield ""
     if facts.training:
+        yield where_from(facts.training.get("extractor", {}))
+        yield ""
         yield from _bullets(facts.training, "")
     else:
         yield "The run states nothing about its training."
+
+
+def where_from(extractor: Mapping[str, Any]) -> str:
+    """Whose knowledge of photos is in the extractor, in a sentence: what a reader of a card asks first."""
+    teacher = extractor.get("distillation", {}).get("teacher")
+    if teacher:
+        return (
+            "No pretrained weight is in it: the extractor started at random and learned to reproduce, on photos "
+            f"without captions, what a larger InceptionV3 ({_value(teacher['weights'])}, its "
+            f"{_value(teacher['layer'])}) says about them. Encoder and decoder started at random and "
+            "learned from captions."
+        )
+    weights = extractor.get("weights")
+    if weights == "none":
+        return "The extractor has random weights and was not trained; encoder and decoder learned from captions."
+    if weights is not None:
+        return (
+            f"The extractor has pretrained weights ({_value(weights)}); encoder and decoder started at random and "
+            "learned from captions."
+        )
+    return "The run does not state where the extractor's weights come from."
 
 
 def _scores(facts: CardFacts) -> Iterator[str]:

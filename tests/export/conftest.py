@@ -50,7 +50,7 @@ def write_run(folder: Path) -> None:
     for layer in extractor.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             beta, mean, variance = (x.shape for x in layer.get_weights())
-            layer.set_weights([rng.normal(0, 0.02, beta), rng.normal(0, 0.02, mean), rng.uniform(0.3, 0.6, variance)])
+            layer.set_weights([rng.normal(0, 0.02, beta), rng.normal(0, 0.02, mean), rng.uniform(0.8, 1.5, variance)])
     save_extractor(extractor, extractor_config, folder)
     vocabulary = Vocabulary.build([WORDS])
     config = TrainConfig(embedding_dim=10, units=12, max_words=MAX_WORDS)

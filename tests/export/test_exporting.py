@@ -11,6 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from caption_export import exporting
+from caption_export.card import where_from
 from caption_export.errors import ExportError
 from caption_export.exporting import export_bundle, made_with, read_photos, scores_of_checkpoint
 from caption_export.pipelines import best_captions
@@ -163,7 +164,8 @@ def test_the_bundles_default_search_is_compared_too(run, photos, tmp_path):
 @pytest.mark.usefixtures("quick")
 def test_a_graph_that_differs_leaves_no_bundle(run, graphs, photos, tmp_path, monkeypatch):
     model = onnx.load_model_from_string(graphs["decoder"].data)
-    constant = model.graph.initializer[0]
+    # The largest is a weight of every word; a small one may do too little to a random model to matter.
+    constant = max(model.graph.initializer, key=lambda tensor: numpy_helper.to_array(tensor).size)
     constant.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(constant) * np.float32(1.01), constant.name))
     spoilt = {**graphs, "decoder": replace(graphs["decoder"], data=model.SerializeToString())}
     monkeypatch.setattr(exporting, "build_graphs", lambda run: spoilt)
@@ -196,6 +198,22 @@ def test_without_a_readable_photo_there_is_no_export(run, tmp_path):
     with pytest.raises(ExportError, match=r"^no real photo can be read: "):
         export_bundle(run, [broken], tmp_path / "out", **FACTS)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("extractor", "said"),
+    [
+        ({"weights": "none"}, "random weights and was not trained"),
+        ({"weights": "imagenet"}, "pretrained weights (imagenet)"),
+        (
+            {"weights": "student", "distillation": {"teacher": {"weights": "big.npz", "layer": "mixed8"}}},
+            "No pretrained weight is in it",
+        ),
+        ({}, "does not state"),
+    ],
+)
+def test_the_card_says_where_the_extractor_comes_from(extractor, said):
+    assert said in where_from(extractor)
 
 
 def test_scores_of_another_checkpoint_are_left_out(run):

@@ -77,7 +77,7 @@ def test_exported_graphs_are_equal(reference, graphs, reset_run, reset_graphs, r
     ]
     for tensor in report.tensors:
         # Rounding in single precision, and something of it: the two sides are not the same program.
-        assert tensor.max_difference < 2e-5, tensor
+        assert tensor.max_difference < 5e-5, tensor
         assert (tensor.max_difference > 0) == (tensor.tensor != "initial_state"), tensor
     assert [(search.options, search.captions) for search in report.searches] == [(options, 3) for options in SEARCHES]
     assert all(search.words > 3 and search.max_difference < 1e-4 for search in report.searches)
