@@ -86,13 +86,15 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(folder: Path, mine: Trainer, other: Trainer) -> None:
-    """The same history, to the last digits of float32, and the same weights."""
+    """The same history and the same weights, but for the last digits of float32."""
     rows, expected = history(folder), history(other.folder)
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
     for row, there in zip(rows, expected, strict=True):
-        assert row == pytest.approx(there, rel=1e-6)
+        assert row == pytest.approx(there, rel=1e-5)
     for here, there in zip(mine.model.weights, other.model.weights, strict=True):
-        np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-6)
+        # Adam divides by the root of a gradient's square, so that rounding in a tiny gradient, which the order of
+        # threads decides, is not tiny in the weight.
+        np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-5)
 
 
 def test_captions_become_tokens(data: Made) -> None:

@@ -187,7 +187,11 @@ class _Builder:
             kernel_initializer="he_normal",
             name=f"conv_{number}",
         )(x)
-        x = keras.layers.BatchNormalization(scale=False, epsilon=_BATCH_NORM_EPSILON, name=f"norm_{number}")(x)
+        # The moving statistics matter in training from scratch alone: at Keras' 0.99 they lag behind weights that still
+        # change fast, and the network computes something else when it is used than when it learned.
+        x = keras.layers.BatchNormalization(
+            scale=False, epsilon=_BATCH_NORM_EPSILON, momentum=0.9, name=f"norm_{number}"
+        )(x)
         return keras.layers.ReLU(name=f"relu_{number}")(x)
 
     def pool(self, x: keras.KerasTensor, spec: _Pool) -> keras.KerasTensor:
