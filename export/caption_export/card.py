@@ -8,7 +8,7 @@ from typing import Any
 
 from caption_export.parity import LOG_PROB_TOLERANCE, Report, search_name
 from caption_rt.bundle import GridSpec
-from caption_rt.search import DecodeOptions
+from caption_rt.options import DecodeOptions
 from caption_train.model import ModelConfig
 
 

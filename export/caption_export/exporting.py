@@ -32,7 +32,7 @@ from caption_rt.bundle import (
 )
 from caption_rt.errors import BundleError, ImageError, printable
 from caption_rt.image import read_photo
-from caption_rt.search import DecodeOptions
+from caption_rt.options import DecodeOptions
 from caption_train.runs import Run
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def export_bundle(
         license: Licence of the weights: an SPDX identifier or a sentence.
         description: A sentence or two; made from the training facts if empty.
         beam_size: The bundle's default; 1 is greedy.
-        length_penalty: The bundle's default; see `caption_rt.search.DecodeOptions`.
+        length_penalty: The bundle's default; see `caption_rt.options.DecodeOptions`.
         overwrite: Replace a bundle that is there.
 
     Returns:
@@ -80,7 +80,7 @@ def export_bundle(
     """
     if not overwrite and os.path.lexists(out):  # minutes before `write_bundle` would say so
         raise BundleError(f"{printable(out)} exists already: ask for it to be overwritten, or name another folder")
-    default = DecodeOptions(beam_size, length_penalty, run.max_words)
+    default = DecodeOptions(beam_size=beam_size, length_penalty=length_penalty, max_words=run.max_words)
     pngs, size = selftest_pngs(), run.extractor_config.size
     compared = [*read_photos(photos, size), *selftest_photos(pngs, size)]
     graphs = build_graphs(run)

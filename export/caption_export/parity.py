@@ -25,7 +25,8 @@ from caption_export.pipelines import (
 )
 from caption_export.structure import GraphReport, check_structure
 from caption_rt.bundle import GRAPH_TENSORS, TensorSpec
-from caption_rt.search import DecodeOptions, Hypothesis
+from caption_rt.options import DecodeOptions
+from caption_rt.strategies import Hypothesis
 from caption_rt.vocabulary import Vocabulary
 
 BATCH_SIZES = (1, 2, 7)

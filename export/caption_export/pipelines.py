@@ -17,7 +17,9 @@ from caption_export.graphs import ExportedGraph, graph_specs
 from caption_rt.bundle import GRAPH_TENSORS
 from caption_rt.engine import Graph
 from caption_rt.errors import BundleError, EngineError
-from caption_rt.search import DecodeOptions, Hypothesis, Step, decode
+from caption_rt.options import DecodeOptions
+from caption_rt.search import Step, decode
+from caption_rt.strategies import Hypothesis
 from caption_rt.vocabulary import Vocabulary
 from caption_train.inception import extract_with
 from caption_train.runs import Run

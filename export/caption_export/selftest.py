@@ -18,7 +18,7 @@ from PIL import Image
 from caption_export.parity import LOG_PROB_TOLERANCE, Photo
 from caption_export.pipelines import Pipeline, best_captions
 from caption_rt.image import read_photo
-from caption_rt.search import DecodeOptions
+from caption_rt.options import DecodeOptions
 from caption_rt.vocabulary import Vocabulary
 
 _SIDE = 64

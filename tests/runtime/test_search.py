@@ -1,54 +1,14 @@
 """Greedy and beam search, against enumeration of every caption and against a plain reference."""
 
 import itertools
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
-from caption_rt.errors import EngineError, OptionsError
-from caption_rt.search import DecodeOptions, Step, decode
-
-PAD, UNK, START, END, A, B, C = range(7)
-BANNED = (PAD, UNK, START)
-SPECIALS = {"start_id": START, "end_id": END, "banned": BANNED}
-
-
-@dataclass
-class RandomStepper:
-    """Log-probabilities that depend on the photo and on every word before: the state is a hash of both.
-
-    With `levels` they are rounded to so few values that ties are everywhere.
-    """
-
-    seeds: list[int]
-    vocabulary: int = 7
-    levels: int | None = None
-    sizes: list[int] = field(default_factory=list)
-
-    @property
-    def batch_size(self):
-        return len(self.seeds)
-
-    def initial_state(self):
-        return np.array([[seed] for seed in self.seeds], np.float32)
-
-    def log_probs(self, token, state):
-        random = np.random.default_rng([int(token), int(state)])
-        if self.levels:
-            return -np.log(2) * random.integers(1, self.levels + 1, self.vocabulary)
-        logits = random.normal(0, 1.5, self.vocabulary)
-        return logits - np.log(np.exp(logits).sum())
-
-    def step(self, tokens, state, images):
-        assert tokens.dtype == images.dtype == np.int64
-        assert (np.diff(images) >= 0).all()
-        self.sizes.append(len(tokens))
-        rows = [self.log_probs(token, value) for token, value in zip(tokens, state[:, 0], strict=True)]
-        following = (state * 31 + tokens[:, None] * 7 + 1) % 9973
-        # The attention tells which photo and which token it was given for.
-        attention = np.stack([images, tokens], axis=1)
-        return Step(np.array(rows, np.float32), following.astype(np.float32), attention.astype(np.float32))
+from caption_rt.errors import EngineError
+from caption_rt.options import DecodeOptions
+from caption_rt.search import Search, Step, decode
+from steppers import BANNED, END, SPECIALS, START, A, B, C, RandomStepper
 
 
 def score_of(log_prob, length, penalty):
@@ -117,7 +77,7 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("seed", range(6))
 def test_a_beam_that_holds_everything_finds_the_best_captions_there_are(seed, penalty):
     stepper = RandomStepper([seed])
-    options = DecodeOptions(beam_size=200, length_penalty=penalty, max_words=4)
+    options = DecodeOptions(beam_size=200, n_best=200, length_penalty=penalty, max_words=4)
     (found,) = decode(stepper, options, **SPECIALS)
     expected = every_caption(stepper, 0, options)
     assert len(expected) == len(found) == 1 + 3 + 9 + 27 + 81
@@ -130,7 +90,7 @@ def test_a_beam_that_holds_everything_finds_the_best_captions_there_are(seed, pe
 def test_beam_search_is_the_reference_of_each_photo(beam_size, penalty, levels):
     """Also: a photo's result does not depend on its neighbours, and stopping early changes nothing of the best."""
     stepper = RandomStepper(list(range(16)), vocabulary=9, levels=levels)
-    options = DecodeOptions(beam_size=beam_size, length_penalty=penalty, max_words=9)
+    options = DecodeOptions(beam_size=beam_size, n_best=beam_size, length_penalty=penalty, max_words=9)
     together = decode(stepper, options, **SPECIALS)
     for photo, hypotheses in enumerate(together):
         assert_same(facts(hypotheses), reference_beam(stepper, photo, options))
@@ -157,7 +117,7 @@ def test_greedy_takes_the_most_likely_word_each_time():
 
 def test_log_probabilities_and_attention_belong_to_the_words():
     stepper = RandomStepper([3, 4, 5, 6])
-    for photo, hypotheses in enumerate(decode(stepper, DecodeOptions(beam_size=4, max_words=5), **SPECIALS)):
+    for photo, hypotheses in enumerate(decode(stepper, DecodeOptions(beam_size=4, n_best=4, max_words=5), **SPECIALS)):
         for hypothesis in hypotheses:
             tokens = hypothesis.tokens
             whole = (*tokens, END) if hypothesis.ended == "end" else tokens
@@ -174,7 +134,7 @@ def test_equal_words_go_to_the_lower_token_id():
     (greedy,) = decode(stepper, DecodeOptions(max_words=3), **SPECIALS)
     assert greedy[0].tokens == ()
     stepper.log_probs = lambda token, state: np.where(np.arange(7) == END, -9.0, -1.0)
-    (beam,) = decode(stepper, DecodeOptions(beam_size=3, max_words=2), **SPECIALS)
+    (beam,) = decode(stepper, DecodeOptions(beam_size=3, n_best=3, max_words=2), **SPECIALS)
     assert [h.tokens for h in beam] == [(A, A), (A, B), (A, C)]
 
 
@@ -247,22 +207,149 @@ def test_a_broken_decoder_is_an_engine_error(value, message):
         decode(stepper, DecodeOptions(beam_size=2), **SPECIALS)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"beam_size": 0}, "beam_size must be a whole number from 1 to 1000, not 0"),
-        ({"beam_size": 1001}, "not 1001"),
-        ({"beam_size": 2.0}, "not 2.0"),
-        ({"beam_size": True}, "not True"),
-        ({"max_words": -1}, "max_words must be a whole number from 1 to 1000, not -1"),
-        ({"length_penalty": -0.1}, "length_penalty must be a number of at least 0, not -0.1"),
-        ({"length_penalty": float("nan")}, "not nan"),
-        ({"length_penalty": "1"}, "not '1'"),
-    ],
-)
-def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(OptionsError) as caught:
-        DecodeOptions(**options)
-    assert message in str(caught.value)
-    with pytest.raises(ValueError, match="must be"):
-        DecodeOptions(**options)
+def plain(stepper, **limits):
+    """What greedy search says of photo 0."""
+    return decode(stepper, DecodeOptions(max_words=6, **limits), **SPECIALS)[0][0]
+
+
+def test_no_end_before_min_words():
+    stepper = RandomStepper(list(range(40)))
+    shortest = min(len(h.tokens) for (h,) in decode(stepper, DecodeOptions(max_words=6), **SPECIALS))
+    assert shortest == 0
+    for beam_size in (1, 3):
+        options = DecodeOptions(beam_size=beam_size, n_best=beam_size, min_words=4, max_words=6)
+        for hypotheses in decode(stepper, options, **SPECIALS):
+            assert all(len(h.tokens) >= 4 for h in hypotheses)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("sample", [False, True])
+def test_no_sequence_of_words_comes_twice(size, sample):
+    stepper = RandomStepper(list(range(20)))
+
+    def repeats(hypothesis):
+        parts = [hypothesis.tokens[i : i + size] for i in range(len(hypothesis.tokens) - size + 1)]
+        return len(set(parts)) < len(parts)
+
+    free = decode(stepper, DecodeOptions(sample=sample, min_words=8, max_words=8), **SPECIALS)
+    assert any(repeats(hypotheses[0]) for hypotheses in free)
+    options = DecodeOptions(sample=sample, min_words=8, max_words=8, no_repeat_ngram=size)
+    for (hypothesis,) in decode(stepper, options, **SPECIALS):
+        assert not repeats(hypothesis)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_caption_that_the_options_leave_no_word_ends_there(sample):
+    """Three words, none twice, and no end before the fifth: the caption is cut after three."""
+    options = DecodeOptions(sample=sample, min_words=5, max_words=6, no_repeat_ngram=1)
+    (hypotheses,) = decode(RandomStepper([3]), options, **SPECIALS)
+    assert sorted(hypotheses[0].tokens) == [A, B, C]
+    assert hypotheses[0].ended == "no_word"
+
+
+def test_n_best_are_the_best_of_the_beam():
+    stepper = RandomStepper([5])
+    (all_four,) = decode(stepper, DecodeOptions(beam_size=4, n_best=4, max_words=5), **SPECIALS)
+    (two,) = decode(stepper, DecodeOptions(beam_size=4, n_best=2, max_words=5), **SPECIALS)
+    assert facts(two) == facts(all_four)[:2]
+    assert [h.score for h in all_four] == sorted((h.score for h in all_four), reverse=True)
+
+
+def sampled(stepper, **options):
+    return decode(stepper, DecodeOptions(sample=True, **options), **SPECIALS)
+
+
+def test_samples_follow_the_models_distribution():
+    """One word and its end, 4,000 times: shares within four standard deviations of the probabilities."""
+    stepper = RandomStepper([0])
+    probabilities = np.array([1e-30, 1e-30, 1e-30, 0.1, 0.5, 0.3, 0.1])
+    stepper.log_probs = lambda token, state: np.log(probabilities)
+    counts = dict.fromkeys((END, A, B, C), 0)
+    for seed in range(4000):
+        ((hypothesis,),) = sampled(stepper, seed=seed, max_words=1)
+        counts[hypothesis.tokens[0] if hypothesis.tokens else END] += 1
+    for token, count in counts.items():
+        p = probabilities[token]
+        assert abs(count / 4000 - p) < 4 * np.sqrt(p * (1 - p) / 4000)
+
+
+def drawn(probabilities, **options):
+    """The words that 400 seeds draw."""
+    stepper = RandomStepper([0])
+    stepper.log_probs = lambda token, state: np.log(probabilities)
+    captions = [sampled(stepper, seed=seed, max_words=1, **options)[0][0] for seed in range(400)]
+    return [h.tokens[0] if h.tokens else END for h in captions]
+
+
+def test_top_k_top_p_and_temperature():
+    probabilities = np.array([1e-9, 1e-9, 1e-9, 0.1, 0.45, 0.3, 0.15])
+    assert set(drawn(probabilities)) == {END, A, B, C}
+    assert set(drawn(probabilities, top_k=1)) == {A}
+    assert set(drawn(probabilities, top_k=3)) == {A, B, C}
+    assert set(drawn(probabilities, top_p=0.45)) == {A}
+    assert set(drawn(probabilities, top_p=0.46)) == {A, B}
+    assert set(drawn(probabilities, top_p=0.75)) == {A, B}
+    assert set(drawn(probabilities, top_p=0.76, top_k=2)) == {A, B}
+    assert set(drawn(probabilities, temperature=0.01)) == {A}
+    hot = drawn(probabilities, temperature=1000.0)
+    assert min(hot.count(token) for token in (END, A, B, C)) > 70
+
+
+def test_the_log_probabilities_of_a_sample_are_the_models_own():
+    stepper = RandomStepper([4])
+    ((hypothesis,),) = sampled(stepper, temperature=3.0, min_words=2, max_words=5, seed=9)
+    whole = (*hypothesis.tokens, END) if hypothesis.ended == "end" else hypothesis.tokens
+    expected = probability(stepper, 0, whole)
+    assert len(hypothesis.tokens) >= 2
+    assert hypothesis.log_probs == pytest.approx(expected[: len(hypothesis.tokens)])
+    assert hypothesis.log_prob == pytest.approx(sum(expected))
+
+
+def test_a_seed_gives_the_same_sample_whatever_is_in_the_batch():
+    seeds = list(range(12))
+    together = sampled(RandomStepper(seeds), max_words=6, n_best=3, seed=5)
+    for photo in seeds:
+        (alone,) = decode(
+            RandomStepper([photo]),
+            DecodeOptions(sample=True, max_words=6, n_best=3, seed=5),
+            photo_seed=lambda _, photo=photo: photo,
+            **SPECIALS,
+        )
+        assert facts(alone) == facts(together[photo])
+    other = sampled(RandomStepper(seeds), max_words=6, seed=6)
+    assert [h[0].tokens for h in other] != [h[0].tokens for h in together]
+
+
+def test_a_sample_is_the_same_on_every_machine():
+    """The very words of one seed: they change only if the generator or its use does, which would break a promise."""
+    stepper = RandomStepper([1, 2, 3])
+    stepper.log_probs = lambda token, state: -0.25 * ((np.arange(50) * 7 + token * 3 + state) % 13)
+    found = sampled(stepper, max_words=6, seed=2026)
+    assert [h[0].tokens for h in found] == [(12, 33, 23, 21, 19, 39), (25, 47, 38, 36, 42, 23), ()]
+
+
+def test_several_samples_are_ranked_and_each_is_given_once():
+    stepper = RandomStepper([0])
+    (hypotheses,) = sampled(stepper, n_best=50, max_words=2)
+    assert 2 < len(hypotheses) < 50
+    assert len({h.tokens for h in hypotheses}) == len(hypotheses)
+    assert [h.score for h in hypotheses] == sorted((h.score for h in hypotheses), reverse=True)
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_what_is_settled_is_never_taken_back(beam_size):
+    stepper = RandomStepper(list(range(30)))
+    search = Search(stepper, DecodeOptions(beam_size=beam_size, max_words=7), **SPECIALS)
+    seen = [[] for _ in range(30)]
+    while search.advance():
+        for photo in range(30):
+            seen[photo].append(search.settled(photo))
+    early = 0
+    for photo, (best, *_) in enumerate(search.results()):
+        for live in seen[photo]:
+            count = len(live.tokens)
+            assert best.tokens[:count] == live.tokens
+            assert best.log_probs[:count] == live.log_probs
+            np.testing.assert_array_equal(best.attention[:count], np.array(live.attention).reshape(count, 2))
+            early += count
+    assert early > 30

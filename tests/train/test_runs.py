@@ -10,7 +10,7 @@ import pytest
 
 from caption_rt.errors import BundleError, OptionsError
 from caption_rt.image import read_photo
-from caption_rt.search import DecodeOptions
+from caption_rt.options import DecodeOptions
 from caption_train.datasets import CaptionedImage, Dataset, load_dataset
 from caption_train.errors import DatasetError, TrainingError
 from caption_train.files import read_json_lines

@@ -323,7 +323,7 @@ def _evaluate(
     run: Path, dataset: Dataset, split: str, cache: Path, checkpoint: str, decoding: dict[str, Any]
 ) -> Evaluation:
     """Caption a split, and write its scores into the run folder."""
-    from caption_rt.search import DecodeOptions
+    from caption_rt.options import DecodeOptions
     from caption_train.runs import evaluate, open_run, record_scores
 
     images = getattr(dataset, split)

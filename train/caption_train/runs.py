@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 
 from caption_rt.errors import OptionsError
 from caption_rt.image import read_photo
-from caption_rt.search import DecodeOptions, Hypothesis, decode
+from caption_rt.options import DecodeOptions
+from caption_rt.search import decode
+from caption_rt.strategies import Hypothesis
 from caption_rt.vocabulary import Vocabulary
 from caption_train.cache import ABSENT, GridCache
 from caption_train.checkpoints import read_checkpoint

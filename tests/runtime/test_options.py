@@ -1,0 +1,56 @@
+"""DecodeOptions: what can be meant, and what cannot."""
+
+import pytest
+
+from caption_rt.errors import OptionsError
+from caption_rt.options import DecodeOptions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beam_size": 0}, "beam_size must be a whole number from 1 to 1000, not 0"),
+        ({"beam_size": 1001}, "not 1001"),
+        ({"beam_size": 2.0}, "not 2.0"),
+        ({"beam_size": True}, "not True"),
+        ({"max_words": -1}, "max_words must be a whole number from 1 to 1000, not -1"),
+        ({"min_words": 21}, "min_words must be a whole number from 0 to 20, not 21"),
+        ({"n_best": 0, "beam_size": 3}, "n_best must be a whole number from 1 to 1000, not 0"),
+        ({"n_best": 4, "beam_size": 3}, "a beam of 3 has no 4 best captions: raise beam_size"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram must be a whole number from 0 to 1000, not -1"),
+        ({"length_penalty": -0.1}, "length_penalty must be a number of at least 0, not -0.1"),
+        ({"length_penalty": float("nan")}, "not nan"),
+        ({"length_penalty": "1"}, "not '1'"),
+        ({"temperature": 0}, "temperature must be a number above 0, not 0"),
+        ({"temperature": float("inf")}, "not inf"),
+        ({"top_k": -1}, "top_k must be a whole number from 0 to"),
+        ({"top_p": 0.0}, "top_p must be a number above 0 and at most 1, not 0.0"),
+        ({"top_p": 1.1}, "not 1.1"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 9223372036854775807, not -1"),
+        ({"sample": 1}, "sample must be True or False, not 1"),
+        ({"guard": None}, "guard must be True or False, not None"),
+        ({"sample": True, "beam_size": 3}, "sampling keeps no beam: beam_size must be 1, not 3"),
+        ({"banned_words": "cat"}, "banned_words takes several words: give a list, not 'cat'"),
+        ({"banned_words": ["a cat"]}, "banned_words holds 'a cat', which is not one word"),
+        ({"banned_words": [""]}, "which is not one word"),
+        ({"banned_words": [7]}, "banned_words holds 7, which is not one word"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(options, message):
+    with pytest.raises(OptionsError) as caught:
+        DecodeOptions(**options)
+    assert message in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_the_strategy_follows_from_the_options():
+    assert DecodeOptions().strategy == "greedy"
+    assert DecodeOptions(beam_size=2).strategy == "beam"
+    assert DecodeOptions(sample=True).strategy == "sample"
+
+
+def test_equal_options_are_equal_values():
+    first = DecodeOptions(banned_words=["Cat", "dog", "cat"])
+    assert first == DecodeOptions(banned_words=("dog", "cat"))
+    assert first.banned_words == ("cat", "dog")
+    assert hash(first) == hash(DecodeOptions(banned_words=("dog", "cat")))
