@@ -1,38 +1,66 @@
 """The one place where a photo is read: the same pixels in training, in the exporter and on the device."""
 
+import importlib
 import importlib.util
 import io
 import logging
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from types import ModuleType
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile
 
-from caption_rt.errors import ImageError, printable
+from caption_rt._colour import to_srgb
+from caption_rt._containers import Parts, is_cut_short, orientation_of, scans, take_apart
+from caption_rt._sniff import other_kind, photo_kind
+from caption_rt.errors import ImageError, OptionsError, printable
 
-__all__ = ["FORMATS", "ImageSource", "open_photo", "read_photo"]
+__all__ = [
+    "FORMATS",
+    "PHOTO_SUFFIXES",
+    "ImageSource",
+    "PhotoLimits",
+    "open_photo",
+    "read_file",
+    "read_photo",
+    "to_pixels",
+]
 
 _log = logging.getLogger(__name__)
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 """A path, the bytes of an image file, a PIL image, or a uint8 array: RGB [height, width, 3] or grey [height, width]."""
 
-# An allow-list: Pillow's rarer decoders (EPS runs Ghostscript) have no business with photos of unknown origin. JPEG
-# stands first, so that Pillow loads its other plugins only for a file that needs one. AVIF came with Pillow 11.3.
-FORMATS: tuple[str, ...] = (
-    "JPEG",
-    "PNG",
-    "GIF",
-    "BMP",
-    "WEBP",
-    "TIFF",
-    *(("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()),
+# An allow-list: Pillow's rarer decoders (EPS runs Ghostscript) have no business with photos of unknown origin. The
+# classes are taken one by one, and not by Image.open: it knows one limit of pixels for the whole process, and loads
+# all of its common plugins where one is needed.
+_PLUGINS = {
+    "JPEG": ("PIL.JpegImagePlugin", "JpegImageFile"),
+    "PNG": ("PIL.PngImagePlugin", "PngImageFile"),
+    "GIF": ("PIL.GifImagePlugin", "GifImageFile"),
+    "BMP": ("PIL.BmpImagePlugin", "BmpImageFile"),
+    "WEBP": ("PIL.WebPImagePlugin", "WebPImageFile"),
+    "TIFF": ("PIL.TiffImagePlugin", "TiffImageFile"),
+    "AVIF": ("PIL.AvifImagePlugin", "AvifImageFile"),
+}
+
+FORMATS: tuple[str, ...] = tuple(
+    # AVIF came with Pillow 11.3.
+    name
+    for name, (module, _) in _PLUGINS.items()
+    if name != "AVIF" or importlib.util.find_spec(module)
 )
-"""The file formats that are read, by Pillow's names."""
+"""The file formats that Pillow reads for us, by its names. HEIF comes to them with the extra `heif`."""
+
+PHOTO_SUFFIXES: frozenset[str] = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".avif")
+).union((".avifs", ".heic", ".heif", ".hif"))
+"""The endings of photos, in lower case: what a scan of a folder takes. What a file holds decides how it is read."""
 
 # EXIF 2.32, tag 0x0112: what undoes each orientation that a camera may have stored.
 _UPRIGHT = {
@@ -45,17 +73,47 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# A progressive JPEG has about ten scans. With thousands of a few bytes each it would keep a decoder busy for hours.
+_MOST_SCANS = 100
 
-def read_photo(source: ImageSource, size: int) -> NDArray[np.uint8]:
+
+@dataclass(frozen=True)
+class PhotoLimits:
+    """What a photo may cost; looked at before any of it is decoded.
+
+    Raises:
+        OptionsError: a limit that is not a whole number, or out of its range.
+    """
+
+    max_pixels: int = 178_956_970
+    """The most pixels, width times height, 1 to 2**32; the default is where Pillow refuses as well."""
+    max_bytes: int = 256 * 2**20
+    """The largest file, in bytes, 1 to 2**40."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, value, most in (("max_pixels", self.max_pixels, 2**32), ("max_bytes", self.max_bytes, 2**40)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise OptionsError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
+
+
+_LIMITS = PhotoLimits()
+
+
+def read_photo(
+    source: ImageSource, size: int, *, limits: PhotoLimits = _LIMITS, name: str | None = None
+) -> NDArray[np.uint8]:
     """A photo as the extractor takes it.
 
     The photo is squeezed into a square, as TensorFlow's image-captioning tutorial does, by Pillow's bilinear filter,
-    which averages over all the pixels that fall together. A JPEG is decoded at a fraction of its size where that leaves
-    at least ``2 * size`` pixels on the short side; it is three times faster for a photo of 12 megapixels.
+    which averages over all the pixels that fall together. It is decoded whole: every faster way changes the words of
+    some photos (benchmarks/reading.py).
 
     Args:
         source: the photo; see `ImageSource`.
         size: pixels on each side of the result.
+        limits: what the photo may cost.
+        name: how errors call a photo that is given as bytes, such as the path that they came from.
 
     Returns:
         uint8 [size, size, 3], RGB, upright.
@@ -63,40 +121,72 @@ def read_photo(source: ImageSource, size: int) -> NDArray[np.uint8]:
     Raises:
         ImageError: the photo cannot be read.
     """
-    photo = open_photo(source, at_least=2 * size)
-    return np.array(photo.resize((size, size), Image.Resampling.BILINEAR), dtype=np.uint8)
+    return to_pixels(open_photo(source, limits=limits, name=name), size)
 
 
-def open_photo(source: ImageSource, *, at_least: int | None = None) -> Image.Image:
-    """A photo, decoded: upright by its EXIF orientation, RGB, transparent places white, the first frame of several.
+def to_pixels(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """An open photo as the extractor takes it: the second half of `read_photo`.
 
     Args:
-        source: the photo; see `ImageSource`.
+        image: a PIL image of mode RGB, as `open_photo` gives it.
+        size: pixels on each side of the result.
+
+    Returns:
+        uint8 [size, size, 3], RGB.
+    """
+    return np.array(image.resize((size, size), Image.Resampling.BILINEAR), dtype=np.uint8)
+
+
+def open_photo(
+    source: ImageSource,
+    *,
+    at_least: int | None = None,
+    limits: PhotoLimits = _LIMITS,
+    name: str | None = None,
+) -> Image.Image:
+    """A photo, decoded: upright by its orientation, in sRGB, transparent places white, the first frame of several.
+
+    Args:
+        source: the photo; see `ImageSource`. What a file holds decides, and not its name.
         at_least: a JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size as long as no side gets shorter than this
             many pixels; None decodes it whole.
+        limits: what the photo may cost; an array has been paid for and has none.
+        name: how errors call a photo that is given as bytes, such as the path that they came from.
 
     Returns:
         A PIL image of mode RGB; for a PIL image that is already so, the very image that was given.
 
     Raises:
-        ImageError: the photo is missing, empty, damaged, of an unknown format, or has too many pixels.
+        ImageError: the photo is missing, empty, damaged, of an unknown format, too large, or no photo at all.
     """
     if isinstance(source, Image.Image):
-        return _decode(source, "the PIL image", None)
+        return _from_pil(source, limits, "the PIL image" if name is None else printable(name))
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    if isinstance(source, bytes | bytearray | memoryview):
-        if not source:
-            raise ImageError("the image data is empty: 0 bytes were given")
-        return _open(io.BytesIO(source), "the image data", at_least)
     if isinstance(source, str | os.PathLike):
-        return _open_path(os.fspath(source), at_least)
+        path = os.fspath(source)
+        return _from_bytes(read_file(path, limits), at_least, limits, path)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _from_bytes(bytes(source), at_least, limits, name)
     raise ImageError(
         f"a photo is a path, bytes, a PIL image or a uint8 array, and {type(source).__name__} is none of them"
     )
 
 
-def _open_path(path: str, at_least: int | None) -> Image.Image:
+def read_file(path: str | os.PathLike[str], limits: PhotoLimits = _LIMITS) -> bytes:
+    """The bytes of a photo's file; `open_photo` and `read_photo` take them.
+
+    Args:
+        path: the file.
+        limits: how large it may be; looked at before it is read.
+
+    Returns:
+        Its bytes, at least one.
+
+    Raises:
+        ImageError: there is no such file, it is empty, too large, no regular file, or it cannot be read.
+    """
+    path = os.fspath(path)
     if not path:  # which the file system would take as the folder we are in
         raise ImageError("the path of a photo is empty: name an image file")
     name = printable(path)
@@ -107,78 +197,117 @@ def _open_path(path: str, at_least: int | None) -> Image.Image:
         # Opening a named pipe would wait for ever, and a device has no end.
         if not stat.S_ISREG(mode.st_mode):
             raise ImageError(f"{name} is not a regular file: name an image file")
-        if mode.st_size == 0:
-            raise ImageError(f"{name} is empty (0 bytes): copy it again from its source")
+        _check_bytes(mode.st_size, limits, name)
         with Path(path).open("rb") as file:
-            return _open(file, name, at_least)
+            # No more than that, because a file may grow meanwhile.
+            data = file.read(limits.max_bytes + 1)
+        _check_bytes(len(data), limits, name)
+        return data
+    except ImageError:
+        raise
     except FileNotFoundError as exc:
         raise ImageError(f"{name} does not exist: check the path") from exc
     except PermissionError as exc:
         raise ImageError(f"{name} may not be read: check its permissions") from exc
     except OSError as exc:
         raise ImageError(f"{name} cannot be read: {printable(exc.strerror or exc)}") from exc
-    except ValueError as exc:
-        if isinstance(exc, ImageError):
-            raise
-        # A path with a zero byte in it.
+    except ValueError as exc:  # a path with a zero byte in it
         raise ImageError(f"{name} is not a valid path: {printable(exc)}") from exc
 
 
-def _open(file: BinaryIO, name: str, at_least: int | None) -> Image.Image:
+def _from_bytes(data: bytes, at_least: int | None, limits: PhotoLimits, path: str | None) -> Image.Image:
+    name = "the image data" if path is None else printable(path)
+    _check_bytes(len(data), limits, name)
+    kind = photo_kind(data)
+    if kind is None:
+        raise _no_photo(data, name, path)
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            return _decode(image, name, at_least)
+        parts = take_apart(kind, data)
+        if parts.size is not None:
+            _check_pixels(parts.size, limits, name, len(data))
+        if kind == "JPEG" and (count := scans(parts.data)) > _MOST_SCANS:
+            raise ImageError(f"{name} has {count} scans, and a JPEG photo has about ten: save it anew")
+        with _opened(kind, parts, limits, name) as image:
+            if at_least is not None:
+                # Only Pillow's JPEG decoder does anything here; it never goes below the size asked for.
+                image.draft(None, (at_least, at_least))
+            image.load()
+            upright = _upright(image, None if kind == "HEIF" else _orientation(image, parts, name))
+            return to_srgb(upright, parts.profile or image.info.get("icc_profile") or b"", name)
     except ImageError:
         raise
-    except UnidentifiedImageError as exc:
-        known = ", ".join(FORMATS)
-        raise ImageError(f"{name} is not an image, or its beginning is damaged: {known} are read") from exc
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
-        raise _too_large(name) from exc
+    except MemoryError as exc:
+        raise ImageError(f"{name} needs more memory than there is: scale it down first") from exc
     # A decoder may meet any kind of damage with any kind of exception; whatever it is, this photo cannot be read.
     except Exception as exc:
-        raise _damaged(name, exc) from exc
+        how = "cut short" if "truncated" in str(exc).lower() or is_cut_short(kind, data) else "damaged"
+        raise ImageError(f"{name} is {how} ({_words(exc)}): copy it again from its source") from exc
 
 
-def _decode(image: Image.Image, name: str, at_least: int | None) -> Image.Image:
-    """Load the pixels and turn them into upright RGB."""
+class _InPieces(io.BytesIO):
+    """A file that gives few bytes at a time unless it is asked for all.
+
+    Pillow holds a WebP file's size against the limit of the whole process where it sees it in its first read.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None or size < 0 else min(size, 20))
+
+
+def _opened(kind: str, parts: Parts, limits: PhotoLimits, name: str) -> Image.Image:
+    """The file, open, its size checked; decoded only where HEIF's library knows no other way."""
+    if kind == "HEIF":
+        heif = _heif_library(name).open_heif(io.BytesIO(parts.data))
+        _check_pixels(heif.size, limits, name, len(parts.data))
+        photo: Image.Image = heif.to_pillow()
+        photo.info["icc_profile"] = heif.info.get("icc_profile")
+        return photo
+    module_name, class_name = _PLUGINS[kind]
+    module = importlib.import_module(module_name) if kind in FORMATS else None
+    if module is None or not getattr(module, "SUPPORTED", True):
+        raise ImageError(f"{name} is an {kind} photo, which this Pillow cannot read: pip install -U Pillow brings it")
+    image: ImageFile.ImageFile = getattr(module, class_name)((_InPieces if kind == "WEBP" else io.BytesIO)(parts.data))
+    _check_pixels(image.size, limits, name, len(parts.data))
+    if kind == "TIFF":
+        # Otherwise Pillow would hold it against the limit of the whole process.
+        image.im = Image.new(image.mode, image.size, None).im
+    return image
+
+
+def _heif_library(name: str) -> ModuleType:
+    """pillow-heif, which is used as it is and never put among Pillow's plugins: those belong to the whole process."""
     try:
-        if at_least is not None:
-            # Only Pillow's JPEG decoder does anything here; it never goes below the size asked for.
-            image.draft(None, (at_least, at_least))
+        return importlib.import_module("pillow_heif")
+    except ImportError as exc:
+        raise ImageError(f"{name} is a HEIC photo: pip install 'caption-rt[heif]' brings what reads it") from exc
+
+
+def _from_pil(image: Image.Image, limits: PhotoLimits, name: str) -> Image.Image:
+    _check_pixels(image.size, limits, name, None)
+    try:
         image.load()
-        return _to_rgb(_upright(image, name), name)
+        return to_srgb(_upright(image, _orientation(image, None, name)), image.info.get("icc_profile") or b"", name)
     except ImageError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
-        raise _too_large(name) from exc
-    except Exception as exc:  # as in _open
-        raise _damaged(name, exc) from exc
+    except Exception as exc:  # as in _from_bytes
+        raise ImageError(f"{name} is cut short or damaged ({_words(exc)}): open it again from its source") from exc
 
 
-def _upright(image: Image.Image, name: str) -> Image.Image:
+def _orientation(image: Image.Image, parts: Parts | None, name: str) -> int | None:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        if parts is None:
+            return image.getexif().get(ExifTags.Base.Orientation)
+        xmp = parts.xmp or image.info.get("xmp", b"")
+        return orientation_of(parts.exif or image.info.get("exif", b""), xmp if isinstance(xmp, bytes) else b"")
     # Broken EXIF data comes as whatever its parser stumbles over. The pixels are good, so the photo is kept.
     except Exception as exc:
         _log.info("%s: EXIF data cannot be read (%s); taken as upright", name, exc)
-        return image
+        return None
+
+
+def _upright(image: Image.Image, orientation: int | None) -> Image.Image:
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "F":
-        raise ImageError(f"{name} holds floating-point values without a stated range: convert it to 8 bits a channel")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion cuts off at 255 rather than scaling 16 bits to 8.
-        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8
-        image = Image.fromarray(grey.astype(np.uint8))
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_array(array: NDArray[np.uint8]) -> Image.Image:
@@ -191,11 +320,36 @@ def _from_array(array: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
-def _too_large(name: str) -> ImageError:
-    # Pillow warns at its limit and refuses at twice that; an application that treats warnings as errors stops earlier.
-    limit = (Image.MAX_IMAGE_PIXELS or 0) * 2 / 1e6
-    return ImageError(f"{name} has too many pixels (at most {limit:.0f} million are read): scale it down first")
+def _check_bytes(count: int, limits: PhotoLimits, name: str) -> None:
+    if count == 0:
+        raise ImageError(f"{name} is empty (0 bytes): copy it again from its source")
+    if count > limits.max_bytes:
+        raise ImageError(
+            f"{name} is a file of {count / 2**20:.1f} MiB, and at most {limits.max_bytes / 2**20:.1f} MiB are read: "
+            "scale it down, or raise max_bytes"
+        )
 
 
-def _damaged(name: str, exc: Exception) -> ImageError:
-    return ImageError(f"{name} is cut short or damaged ({printable(exc)}): copy it again from its source")
+def _check_pixels(size: tuple[int, int], limits: PhotoLimits, name: str, count: int | None) -> None:
+    pixels = size[0] * size[1]
+    if pixels <= limits.max_pixels:
+        return
+    # A photo takes a tenth of a byte a pixel and more; a bomb states pixels that it does not have.
+    bomb = count is not None and pixels > 1000 * count
+    raise ImageError(
+        f"{name} states {size[0]} x {size[1]} pixels, {pixels / 1e6:.1f} million, and at most "
+        f"{limits.max_pixels / 1e6:.1f} million are read: "
+        + (f"in a file of {count} bytes that is a decompression bomb" if bomb else "scale it down, or raise max_pixels")
+    )
+
+
+def _words(exc: Exception) -> str:
+    return printable(str(exc).strip() or type(exc).__name__)
+
+
+def _no_photo(data: bytes, name: str, path: str | None) -> ImageError:
+    what, known = other_kind(data), ", ".join(FORMATS)
+    if what is None:
+        return ImageError(f"{name} is not an image, or its beginning is damaged: {known} are read")
+    named = path is not None and os.path.splitext(path)[1].lower() in PHOTO_SUFFIXES
+    return ImageError(f"{name} is {'named like a' if named else 'no'} photo and holds {what}: {known} are read")

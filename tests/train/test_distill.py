@@ -98,7 +98,7 @@ def test_the_other_views_are_crops_of_the_content(tmp_path: Path) -> None:
 
 def test_a_photo_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"no photo")
-    with pytest.raises(ImageError, match=r"x\.jpg is not an image"):
+    with pytest.raises(ImageError, match=r"x\.jpg is named like a photo and holds text"):
         read_view(tmp_path / "x.jpg", 75, 1)
 
 
