@@ -1,19 +1,21 @@
-"""ONNX Runtime: providers, sessions, threads. The only file that imports onnxruntime."""
+"""ONNX Runtime: providers, sessions, threads, and rows that stay on a GPU. The only file that imports onnxruntime."""
 
-import contextlib
 import functools
 import logging
-import os
 import warnings
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from caption_rt import _cuda
+from caption_rt._gather import gather_model
+from caption_rt._rows import Decoded, DeviceRows, Encoded, Gather, Rows, engine_errors, padded, run_bound
 from caption_rt.bundle import Bundle, GraphSpec, TensorSpec
-from caption_rt.errors import BundleError, EngineError, OptionsError, printable
+from caption_rt.devices import Device, Missing, missing_cuda, parse_device
+from caption_rt.errors import BundleError, EngineError, printable
+from caption_rt.threads import thread_count, usable_cpus
 
 try:
     import onnxruntime
@@ -28,42 +30,31 @@ except ImportError as exc:
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["DEVICES", "Decoded", "Encoded", "Engine", "Graph"]
-
-DEVICES = ("auto", "cpu", "cuda")
-"""What `Engine` can be asked for: "auto" takes CUDA where it works and else the CPU; "cuda" is CUDA or an error."""
+__all__ = [
+    "Decoded",
+    "DeviceRows",
+    "Encoded",
+    "Engine",
+    "Graph",
+    "Rows",
+    "built_in_providers",
+    "cuda_missing",
+    "try_provider",
+    "version",
+]
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 _CUDA_OPTIONS = {
-    # The exhaustive search, ONNX Runtime's default, is repeated for each new batch size and takes seconds.
+    # cuDNN's own advice on which algorithm suits a convolution. The exhaustive search, ONNX Runtime's default, is done
+    # anew for each batch size and takes seconds; DEFAULT is slower in every run.
     "cudnn_conv_algo_search": "HEURISTIC",
     # TensorFloat-32 keeps 10 bits of the mantissa: captions would differ from those of the CPU.
     "use_tf32": "0",
 }
+# Devices on which tensors stay from graph to graph. On the CPU this gains nothing; tests add it, to run the same code.
+_BOUND_TYPES = frozenset({"cuda"})
 _DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(int64)": "int64"}
-
-
-class Encoded(NamedTuple):
-    """What the encoder makes of n photos' grids."""
-
-    features: NDArray[np.float32]
-    """float32 [n, P, E]."""
-    keys: NDArray[np.float32]
-    """float32 [n, P, A]: the attention's projection of the features."""
-    initial_state: NDArray[np.float32]
-    """float32 [n, U]: the decoder's state before the first word."""
-
-
-class Decoded(NamedTuple):
-    """What the decoder says after one token of each of m rows."""
-
-    log_probs: NDArray[np.float32]
-    """float32 [m, V], natural logarithms."""
-    next_state: NDArray[np.float32]
-    """float32 [m, U]."""
-    attention: NDArray[np.float32]
-    """float32 [m, P]."""
 
 
 class Graph:
@@ -72,9 +63,9 @@ class Graph:
     Args:
         model: the ONNX file's bytes.
         spec: what its inputs and outputs must be.
-        device: see `DEVICES`.
-        intra_op_threads: threads that share the work of one operator; None leaves it to ONNX Runtime, which takes one a
-            physical core, or, where the process may not use all processors, one for each that it may use.
+        device: one of `caption_rt.devices.DEVICES`.
+        intra_op_threads: threads that share the work of one operator; None for as many as there are physical cores that
+            this process may use, see `caption_rt.threads.thread_count`.
 
     Raises:
         OptionsError: an unknown device, or fewer than 1 thread.
@@ -86,14 +77,9 @@ class Graph:
         """Load the graph."""
         self._spec = spec
         self._names = [tensor.name for tensor in spec.outputs]
-        options = _session_options(intra_op_threads)
-        chosen = _choose(device)
-        providers = [(_CUDA, _CUDA_OPTIONS), _CPU] if chosen == "cuda" else [_CPU]
-        with _engine_errors(f"ONNX Runtime {onnxruntime.__version__} cannot load {spec.file}"):
-            # Without the fallback of the Python wrapper, which prints to standard output and goes on with the CPU.
-            self._session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
-        if chosen == "cuda" and self.provider != _CUDA:
-            raise EngineError(f"CUDA was asked for and ONNX Runtime runs {spec.file} on {self.provider}")
+        chosen, _ = _choose(device)
+        self._device = chosen
+        self._session = _session(model, spec.file, chosen, intra_op_threads)
         _check_tensors(spec.file, "input", spec.inputs, self._session.get_inputs())
         _check_tensors(spec.file, "output", spec.outputs, self._session.get_outputs())
 
@@ -114,9 +100,40 @@ class Graph:
         Raises:
             EngineError: ONNX Runtime fails, or takes no such input.
         """
-        feeds = {tensor.name: array for tensor, array in zip(self._spec.inputs, inputs, strict=True)}
-        with _engine_errors(f"ONNX Runtime failed in {self._spec.file}"):
-            return tuple(self._session.run(self._names, feeds))
+        with engine_errors(f"ONNX Runtime failed in {self._spec.file}"):
+            return tuple(self._session.run(self._names, self._feeds(inputs)))
+
+    def run_bound(self, *inputs: NDArray[Any] | DeviceRows, host: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Run the graph where its tensors are: arrays go up to the device, `DeviceRows` are there already.
+
+        Args:
+            *inputs: in the order of the spec's inputs.
+            host: names of the outputs that are wanted in the host's memory; all others stay on the device.
+
+        Returns:
+            ONNX Runtime's values by the names of the outputs; for those of `host`, arrays.
+
+        Raises:
+            EngineError: ONNX Runtime fails, or takes no such input.
+        """
+        feeds = self._feeds([rows.value if isinstance(rows, DeviceRows) else rows for rows in inputs])
+        places = {name: None if name in host else self._device for name in self._names}
+        with engine_errors(f"ONNX Runtime failed in {self._spec.file}"):
+            values = run_bound(self._session, feeds, places)
+            return {name: value.numpy() if name in host else value for name, value in values.items()}
+
+    def _feeds(self, inputs: Sequence[Any]) -> dict[str, Any]:
+        return {tensor.name: value for tensor, value in zip(self._spec.inputs, inputs, strict=True)}
+
+
+class _Graphs(NamedTuple):
+    """What an engine runs."""
+
+    extractor: Graph
+    encoder: Graph
+    decoder: Graph
+    gather: Gather | None
+    """None where tensors do not stay on the device."""
 
 
 class Engine:
@@ -124,7 +141,7 @@ class Engine:
 
     Args:
         bundle: the bundle.
-        device: see `DEVICES`.
+        device: one of `caption_rt.devices.DEVICES`. Where it is CUDA, a photo is tried before the engine is there.
         intra_op_threads: see `Graph`.
 
     Raises:
@@ -135,32 +152,54 @@ class Engine:
 
     def __init__(self, bundle: Bundle, device: str = "auto", intra_op_threads: int | None = None) -> None:
         """Load the three graphs."""
-        chosen = _choose(device)
+        self._graphs: _Graphs | None = None
+        self._threads = thread_count(intra_op_threads)
+        self._device, missing = _choose(device)
+        self._fallback = None if missing is None or missing.expected else missing.reason
         try:
-            self._load(bundle, chosen, intra_op_threads)
-            if chosen == "cuda" and device == "auto":
-                # A GPU that is too old or too full shows when the first photo runs, not when a session loads.
-                size = bundle.manifest.image.size
-                self.extract(np.zeros((1, size, size, 3), np.uint8))
+            self._load(bundle, intra_op_threads)
+            if self._device.type == "cuda":
+                self._try_a_photo(bundle)
         except EngineError as exc:
-            if chosen == device:
+            if device != "auto" or self._device.type == "cpu":
                 raise
-            _log.info("CUDA does not work, the CPU is used: %s", exc)
-            self._load(bundle, "cpu", intra_op_threads)
+            self._device, self._fallback = Device("cpu", 0), str(exc)
+            self._load(bundle, intra_op_threads)
+        if self._fallback is not None:
+            _log.info("the CPU is used, because CUDA cannot be: %s", self._fallback)
 
     @property
     def provider(self) -> str:
         """The execution provider of the extractor, which is nearly all of the work."""
-        return self._extractor.provider
+        return self._loaded().extractor.provider
 
-    def _load(self, bundle: Bundle, device: str, intra_op_threads: int | None) -> None:
-        def load(name: str) -> Graph:
-            spec = bundle.manifest.graphs[name]
-            return Graph(bundle.read(spec.file), spec, device, intra_op_threads)
+    @property
+    def device(self) -> str:
+        """Where it runs: "cpu", "cuda:0"."""
+        return self._device.name
 
-        self._extractor, self._encoder, self._decoder = load("extractor"), load("encoder"), load("decoder")
+    @property
+    def fallback(self) -> str | None:
+        """Why device "auto" is the CPU although there is an NVIDIA driver, as part of a sentence; None otherwise."""
+        return self._fallback
 
-    def extract(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    @property
+    def intra_op_threads(self) -> int:
+        """How many threads share the work of one operator.
+
+        Where the system tells nothing of physical cores (not Linux) and none were asked for, ONNX Runtime takes one a
+        physical core, and this is the number of processors: the most that it can be.
+        """
+        return self._threads or usable_cpus()
+
+    def close(self) -> None:
+        """Let the sessions go, with their memory and threads; runs that are under way in other threads still end.
+
+        What is asked of a closed engine raises EngineError.
+        """
+        self._graphs = None
+
+    def extract(self, images: NDArray[np.uint8]) -> Rows:
         """The grids of photos.
 
         Args:
@@ -172,23 +211,26 @@ class Engine:
         Raises:
             EngineError: ONNX Runtime fails.
         """
-        return self._extractor.run(images)[0]
+        graphs = self._loaded()
+        if graphs.gather is None:
+            return cast(NDArray[np.float32], graphs.extractor.run(images)[0])
+        values = graphs.extractor.run_bound(padded(images))
+        grid = DeviceRows(values["grid"], graphs.gather)
+        return grid if len(grid) == len(images) else grid[np.arange(len(images))]
 
-    def encode(self, grid: NDArray[np.float32]) -> Encoded:
+    def encode(self, grid: Rows) -> Encoded:
         """Features, keys and initial states of grids, float32 [n, P, C].
 
         Raises:
             EngineError: ONNX Runtime fails.
         """
-        return Encoded(*self._encoder.run(grid))
+        graphs = self._loaded()
+        if graphs.gather is None:
+            return Encoded(*graphs.encoder.run(_array(grid)))
+        values = graphs.encoder.run_bound(grid)
+        return Encoded(*(DeviceRows(values[name], graphs.gather) for name in Encoded._fields))
 
-    def decode(
-        self,
-        token: NDArray[np.int64],
-        state: NDArray[np.float32],
-        features: NDArray[np.float32],
-        keys: NDArray[np.float32],
-    ) -> Decoded:
+    def decode(self, token: NDArray[np.int64], state: Rows, features: Rows, keys: Rows) -> Decoded:
         """One word further in each of m captions.
 
         Args:
@@ -200,85 +242,138 @@ class Engine:
         Raises:
             EngineError: ONNX Runtime fails.
         """
-        return Decoded(*self._decoder.run(token, state, features, keys))
+        graphs = self._loaded()
+        if graphs.gather is None:
+            return Decoded(*graphs.decoder.run(token, _array(state), _array(features), _array(keys)))
+        values = graphs.decoder.run_bound(token, state, features, keys, host=("log_probs", "attention"))
+        return Decoded(**values | {"next_state": DeviceRows(values["next_state"], graphs.gather)})
+
+    def _load(self, bundle: Bundle, intra_op_threads: int | None) -> None:
+        def load(name: str) -> Graph:
+            spec = bundle.manifest.graphs[name]
+            return Graph(bundle.read(spec.file), spec, self._device.name, intra_op_threads)
+
+        bound = self._device.type in _BOUND_TYPES
+        gather = _gather(self._device, intra_op_threads) if bound else None
+        self._graphs = _Graphs(load("extractor"), load("encoder"), load("decoder"), gather)
+
+    def _loaded(self) -> _Graphs:
+        if self._graphs is None:
+            raise EngineError("the engine is closed: make another")
+        return self._graphs
+
+    def _try_a_photo(self, bundle: Bundle) -> None:
+        """A GPU that is too old or too full shows when the first photo runs, not when a session loads."""
+        size = bundle.manifest.image.size
+        encoded = self.encode(self.extract(np.zeros((1, size, size, 3), np.uint8)))
+        first = np.zeros(1, np.int64)
+        self.decode(first, encoded.initial_state[first], encoded.features, encoded.keys)
 
 
-@contextlib.contextmanager
-def _engine_errors(what: str) -> Iterator[None]:
-    """The one seam where ONNX Runtime's errors become ours.
+@functools.cache
+def cuda_missing(number: int = 0) -> Missing | None:
+    """What is missing for CUDA on a GPU; None where a session can be asked for it."""
+    return missing_cuda(
+        number,
+        built_in=_CUDA in built_in_providers(),
+        cuda_version=getattr(onnxruntime, "cuda_version", None),
+        preload=_preload,
+    )
 
-    Its exceptions have no common base: fifteen classes of its binding, beside ValueError and RuntimeError of its Python
-    part. Nothing but ONNX Runtime runs inside, so every exception is one of its own.
+
+def built_in_providers() -> tuple[str, ...]:
+    """The execution providers that the installed ONNX Runtime was built with; `try_provider` says whether one works."""
+    return tuple(onnxruntime.get_available_providers())
+
+
+def version() -> str:
+    """The version of ONNX Runtime that is imported."""
+    return str(onnxruntime.__version__)
+
+
+def try_provider(device: str) -> str:
+    """Run a graph of one node on a device.
+
+    Returns:
+        The execution provider that ran it.
+
+    Raises:
+        OptionsError: an unknown device.
+        EngineError: the device cannot be used.
     """
-    try:
-        yield
-    except Exception as exc:
-        reason = " ".join(str(exc).split())
-        raise EngineError(f"{what}: {printable(reason[:300])}") from exc
+    chosen, _ = _choose(device)
+    gather = _gather(chosen)
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    picked = gather.pick(values, np.array([2, 0]))
+    if not np.array_equal(DeviceRows(picked, gather).numpy(), values[[2, 0]]):
+        raise EngineError(f"{chosen.name} gives wrong numbers")
+    return _CUDA if chosen.type == "cuda" else _CPU
+
+
+def _array(rows: Rows) -> NDArray[np.float32]:
+    return rows.numpy() if isinstance(rows, DeviceRows) else rows
+
+
+def _gather(device: Device, intra_op_threads: int | None = None) -> Gather:
+    return Gather(_session(gather_model(), "the graph that picks rows", device, intra_op_threads), device)
+
+
+def _session(model: bytes, name: str, device: Device, intra_op_threads: int | None) -> Any:
+    """A session on a device, or an error.
+
+    Raises:
+        OptionsError: fewer than 1 thread.
+        EngineError: ONNX Runtime cannot load the graph, or does not run it on the device.
+    """
+    options = _session_options(intra_op_threads)
+    cuda = (_CUDA, _CUDA_OPTIONS | {"device_id": str(device.number)})
+    providers = [cuda, _CPU] if device.type == "cuda" else [_CPU]
+    with engine_errors(f"ONNX Runtime {onnxruntime.__version__} cannot load {name}"):
+        # Without the fallback of the Python wrapper, which prints to standard output and goes on with the CPU.
+        session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    actual = session.get_providers()[0]
+    if device.type == "cuda" and actual != _CUDA:
+        raise EngineError(f"CUDA was asked for and ONNX Runtime runs {name} on {actual}: caption-rt --doctor says more")
+    return session
 
 
 def _session_options(intra_op_threads: int | None) -> Any:
-    if intra_op_threads is not None and intra_op_threads < 1:
-        raise OptionsError(f"intra_op_threads must be at least 1, not {intra_op_threads}")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     # Errors come as exceptions; logged as well, they would reach standard error beside our own sentence.
     options.log_severity_level = 4
-    # Threads of the three sessions would otherwise go on spinning after each run, in the way of the next session's: 1.6
-    # times slower.
+    # A thread that has nothing to do spins, to be quick when the next operator needs it. The processor is then missing
+    # where it is needed, in the next session or in whoever reads the next photo: so a thread spins for microseconds,
+    # which is as quick, and not at all once a run has ended. benchmarks/threads.py measures it.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "10")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.intra_op_num_threads = intra_op_threads or _default_threads()
+    options.intra_op_num_threads = thread_count(intra_op_threads)
     return options
 
 
-def _default_threads() -> int:
-    """0 (ONNX Runtime's choice), or the processors of a process that may not use all of them.
-
-    ONNX Runtime counts the machine's cores and binds a thread to each, which fails, with a line on standard error, for
-    those that the process may not use (taskset, a container's cpuset).
-    """
-    if not hasattr(os, "sched_getaffinity"):
-        return 0
-    usable = len(os.sched_getaffinity(0))
-    return 0 if usable == os.cpu_count() else usable
-
-
-def _choose(device: str) -> str:
-    """What a device that was asked for means on this machine: "cpu" or "cuda".
+def _choose(device: str) -> tuple[Device, Missing | None]:
+    """The device that a name means on this machine, and where "auto" is the CPU, what is missing for CUDA.
 
     Raises:
         OptionsError: an unknown device.
         EngineError: CUDA was asked for by name and cannot be had.
     """
-    if device not in DEVICES:
-        raise OptionsError(f"the device is one of {', '.join(DEVICES)}, not {printable(device)!r}")
-    if device == "cpu":
-        return "cpu"
-    missing = _missing_cuda()
+    asked = parse_device(device)
+    wanted = asked or Device("cuda", 0)
+    missing = cuda_missing(wanted.number) if wanted.type == "cuda" else None
     if missing is None:
-        return "cuda"
-    if device == "cuda":
-        raise EngineError(f"CUDA cannot be used: {missing}")
-    return "cpu"
+        return wanted, None
+    if asked is not None:
+        raise EngineError(f"{wanted.name} cannot be used: {missing.reason}")
+    return Device("cpu", 0), missing
 
 
-@functools.cache
-def _missing_cuda() -> str | None:
-    """What is missing for CUDA, as half a sentence; None where a session can be asked for it."""
-    if _CUDA not in onnxruntime.get_available_providers():
-        return "the installed onnxruntime package is built without it; onnxruntime-gpu has it"
-    missing = _cuda.missing_driver()
-    if missing is not None:
-        return missing
-    # Loads CUDA and cuDNN from the packages of the extra `cuda` where they are installed; prints what it does not find.
-    try:
-        with warnings.catch_warnings(), _engine_errors("ONNX Runtime cannot load its libraries"):
-            warnings.simplefilter("ignore")
-            _cuda.silenced(onnxruntime.preload_dlls)
-    except EngineError as exc:
-        return str(exc)
-    missing = _cuda.missing_library(onnxruntime.cuda_version)
-    return missing and f"{missing}: pip install 'caption-rt[cuda]' brings them"
+def _preload() -> None:
+    """Load CUDA and cuDNN from the packages of the extra `cuda` where they are installed."""
+    with warnings.catch_warnings(), engine_errors("ONNX Runtime cannot load its libraries"):
+        warnings.simplefilter("ignore")
+        # It prints what it does not find.
+        _cuda.silenced(onnxruntime.preload_dlls)
 
 
 def _check_tensors(file: str, kind: str, specs: tuple[TensorSpec, ...], actual: list[Any]) -> None:

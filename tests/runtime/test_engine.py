@@ -1,25 +1,26 @@
 """The engine: right numbers, right errors, and nothing said behind the caller's back."""
 
-import contextlib
-import ctypes
 import json
 import os
 import subprocess
 import sys
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state
 
-from caption_rt import _cuda, engine
+from caption_rt import engine
+from caption_rt._gather import gather_model
+from caption_rt._rows import engine_errors, padded
 from caption_rt.bundle import Bundle, TensorSpec
-from caption_rt.engine import Engine, Graph
+from caption_rt.captioner import Captioner
+from caption_rt.engine import DeviceRows, Engine, Graph
 from caption_rt.errors import BundleError, EngineError, OptionsError
 from caption_rt.image import read_photo
+from caption_rt.options import DecodeOptions
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +34,10 @@ def loaded(bundle):
 
 
 @pytest.fixture
-def fresh_probe():
-    """Forget what was found out about CUDA, before and after."""
-    engine._missing_cuda.cache_clear()
-    yield
-    engine._missing_cuda.cache_clear()
+def bound(bundle, monkeypatch):
+    """An engine that treats the CPU as it does a GPU: all tensors are bound, and stay where they are."""
+    monkeypatch.setattr(engine, "_BOUND_TYPES", {"cpu", "cuda"})
+    return Engine(bundle, "cpu")
 
 
 def graph_bytes(bundle, name):
@@ -66,18 +66,24 @@ def test_the_graphs_are_the_network_in_numpy(loaded, tiny, photos, count):
         np.testing.assert_allclose(decoded.attention[i], attention, atol=1e-5)
 
 
-def test_provider_and_threads(bundle, loaded, monkeypatch):
-    assert loaded.provider == "CPUExecutionProvider"
+def test_provider_device_and_threads(bundle, loaded, monkeypatch):
+    assert (loaded.provider, loaded.device, loaded.fallback) == ("CPUExecutionProvider", "cpu", None)
     images = np.zeros((2, 32, 32, 3), np.uint8)
-    np.testing.assert_array_equal(Engine(bundle, "cpu", intra_op_threads=2).extract(images), loaded.extract(images))
+    narrow = Engine(bundle, "cpu", intra_op_threads=2)
+    np.testing.assert_array_equal(narrow.extract(images), loaded.extract(images))
+    assert narrow.intra_op_threads == 2
     with pytest.raises(OptionsError, match="intra_op_threads must be at least 1, not 0"):
         Engine(bundle, "cpu", intra_op_threads=0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(engine, "thread_count", lambda asked: asked or 3)
     assert engine._session_options(None).intra_op_num_threads == 3
     assert engine._session_options(7).intra_op_num_threads == 7
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    assert engine._session_options(None).intra_op_num_threads == 0
+    assert Engine(bundle, "cpu").intra_op_threads == 3
+
+
+def test_where_onnxruntime_counts_the_threads_itself_the_processors_are_the_bound(bundle, monkeypatch):
+    monkeypatch.setattr(engine, "thread_count", lambda asked: asked or 0)
+    monkeypatch.setattr(engine, "usable_cpus", lambda: 12)
+    assert Engine(bundle, "cpu").intra_op_threads == 12
 
 
 def test_sessions_optimise_fully_say_nothing_and_stop_spinning():
@@ -85,14 +91,7 @@ def test_sessions_optimise_fully_say_nothing_and_stop_spinning():
     assert options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     assert options.log_severity_level == 4
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
-
-
-@pytest.mark.parametrize("device", ["gpu", "CUDA", "", "cuda:0\n"])
-def test_an_unknown_device_is_an_option_error(bundle, device):
-    with pytest.raises(OptionsError) as caught:
-        Engine(bundle, device)
-    assert "the device is one of auto, cpu, cuda, not" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert options.get_session_config_entry("session.intra_op.spin_duration_us") == "10"
 
 
 ONNXRUNTIME_ERRORS = [
@@ -104,7 +103,7 @@ ONNXRUNTIME_ERRORS = [
 
 @pytest.mark.parametrize("error", [*ONNXRUNTIME_ERRORS, ValueError, RuntimeError, TypeError, MemoryError])
 def test_every_error_of_onnxruntime_becomes_ours(error):
-    with pytest.raises(EngineError) as caught, engine._engine_errors("ONNX Runtime failed"):
+    with pytest.raises(EngineError) as caught, engine_errors("ONNX Runtime failed"):
         raise error("first line\nsecond line")
     assert str(caught.value) == "ONNX Runtime failed: first line second line"
     assert type(caught.value.__cause__) is error
@@ -175,164 +174,185 @@ def test_several_threads_may_share_an_engine(loaded):
         np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
-# CUDA: this must hold with and without a GPU, so the probes of the machine are replaced.
+def test_a_closed_engine_says_so_and_lets_a_run_under_way_end(bundle):
+    closing = Engine(bundle, "cpu")
+    images, results = np.zeros((64, 32, 32, 3), np.uint8), []
+    worker = threading.Thread(target=lambda: results.append(closing.extract(images)))
+    worker.start()
+    worker.join()
+    closing.close()
+    closing.close()
+    assert len(results[0]) == 64
+    with pytest.raises(EngineError, match="the engine is closed: make another"):
+        closing.extract(images)
+    assert closing.device == "cpu"
 
 
-def test_cuda_without_the_provider(bundle, monkeypatch, fresh_probe):
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(EngineError, match="built without it; onnxruntime-gpu has it"):
-        Engine(bundle, "cuda")
-    assert Engine(bundle, "auto").provider == "CPUExecutionProvider"
+# On a GPU, tensors stay on the device. The same code runs here with the CPU as that device.
 
 
-def cuda_built(monkeypatch):
-    monkeypatch.setattr(
-        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
+def steps(on, images):
+    """Three photos as a beam search takes them: the batch widens, repeats rows, is reordered and shrinks."""
+    encoded = on.encode(on.extract(images))
+    state, seen = encoded.initial_state, []
+    for parents, photos in (
+        ([0, 1, 2], [0, 1, 2]),
+        ([0, 0, 1, 2, 2], [0, 0, 1, 2, 2]),
+        ([4, 1, 0], [2, 0, 0]),
+        ([2], [0]),
+    ):
+        state, photos = state[np.array(parents)], np.array(photos)
+        tokens = np.arange(len(photos)) + 2
+        decoded = on.decode(tokens, state, encoded.features[photos], encoded.keys[photos])
+        state = decoded.next_state
+        seen += [decoded.log_probs, decoded.attention, state if isinstance(state, np.ndarray) else state.numpy()]
+    return seen
 
 
-def test_cuda_without_a_driver_does_not_trouble_onnxruntime(bundle, monkeypatch, fresh_probe):
-    cuda_built(monkeypatch)
-    monkeypatch.setattr(_cuda, "missing_driver", lambda: "the NVIDIA driver is not installed")
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: pytest.fail("nothing is loaded without a driver"))
-    with pytest.raises(EngineError, match="CUDA cannot be used: the NVIDIA driver is not installed"):
-        Engine(bundle, "cuda")
-    assert Engine(bundle, "auto").provider == "CPUExecutionProvider"
+def test_rows_that_stay_on_the_device_give_the_same_numbers(loaded, bound, tiny, photos):
+    images = np.stack([read_photo(path, tiny.SIZE) for path in photos])
+    for expected, actual in zip(steps(loaded, images), steps(bound, images), strict=True):
+        assert (actual.dtype, actual.shape) == (np.float32, expected.shape)
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
-def test_cuda_without_its_libraries_names_the_extra(bundle, monkeypatch, fresh_probe, capfd):
-    cuda_built(monkeypatch)
-    monkeypatch.setattr(_cuda, "missing_driver", lambda: None)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcublas.so.13"))
-    monkeypatch.setattr(onnxruntime, "cuda_version", "93.0", raising=False)
-    with pytest.raises(EngineError, match=r"(93|_93).*cannot be loaded .*pip install 'caption-rt\[cuda\]' brings them"):
-        Engine(bundle, "cuda")
-    assert Engine(bundle, "auto").provider == "CPUExecutionProvider"
+@pytest.mark.parametrize("options", [DecodeOptions(), DecodeOptions(beam_size=3), DecodeOptions(sample=True, seed=5)])
+def test_captions_do_not_depend_on_where_the_rows_are(bound, bundle, tiny_bundle, photos, monkeypatch, options):
+    expected = list(Captioner.load(tiny_bundle, "cpu").caption_many(photos, options))
+    monkeypatch.setattr("caption_rt.captioner.shared_engine", lambda *arguments: bound)
+    for caption, wanted in zip(Captioner.load(bundle, "cpu").caption_many(photos, options), expected, strict=True):
+        assert caption.tokens == wanted.tokens
+        assert caption.word_log_probs == pytest.approx(wanted.word_log_probs, abs=1e-5)
+        np.testing.assert_allclose(caption.attention, wanted.attention, atol=1e-6)
+
+
+def test_only_words_come_down_from_the_device(bound):
+    encoded = bound.encode(bound.extract(np.zeros((3, 32, 32, 3), np.uint8)))
+    assert [type(rows) for rows in encoded] == [DeviceRows] * 3
+    decoded = bound.decode(np.zeros(3, np.int64), encoded.initial_state, encoded.features, encoded.keys)
+    assert [type(rows) for rows in decoded] == [np.ndarray, DeviceRows, np.ndarray]
+
+
+def test_arrays_go_up_and_rows_of_another_engine_come_down(bound, loaded):
+    images = np.full((2, 32, 32, 3), 77, np.uint8)
+    grid = loaded.extract(images)
+    np.testing.assert_array_equal(bound.encode(grid).keys.numpy(), loaded.encode(grid).keys)
+    np.testing.assert_array_equal(loaded.encode(bound.extract(images)).keys, loaded.encode(grid).keys)
+
+
+def test_device_rows_are_picked_as_those_of_an_array(bound):
+    rows = bound.extract(np.random.default_rng(1).integers(0, 256, (5, 32, 32, 3), np.uint8))
+    array = rows.numpy()
+    assert (len(rows), array.shape) == (5, (5, 6, 5))
+    for numbers in [4, 0, 0, 3], [2], [], [1, 2, 3, 4, 0] * 7:
+        picked = rows[np.array(numbers, np.int64)]
+        assert len(picked) == len(numbers)
+        np.testing.assert_array_equal(picked.numpy(), array[np.array(numbers, np.int64)])
+    np.testing.assert_array_equal(rows.numpy(), array)
+
+
+@pytest.mark.parametrize("numbers", [[0, 5], [-1]])
+def test_a_row_that_is_not_there_is_never_zeros(bound, numbers):
+    rows = bound.extract(np.zeros((5, 32, 32, 3), np.uint8))
+    with pytest.raises(IndexError, match="a row from 0 to 4 was expected"):
+        rows[np.array(numbers)]
+
+
+def test_batches_of_photos_come_in_few_sizes():
+    for count, size in (1, 1), (2, 2), (3, 4), (5, 8), (8, 8), (9, 16), (16, 16), (17, 24), (48, 48):
+        images = np.full((count, 4, 4, 3), 9, np.uint8)
+        filled = padded(images)
+        assert (len(filled), filled.dtype) == (size, np.uint8)
+        np.testing.assert_array_equal(filled[:count], images)
+        assert not filled[count:].any()
+
+
+def test_several_threads_share_a_bound_engine(bound, tiny, photos):
+    images = np.stack([read_photo(path, tiny.SIZE) for path in photos])
+    expected, failed = steps(bound, images), []
+
+    def work(first):
+        order = np.roll(np.arange(3), first)
+        for _ in range(15):
+            for wanted, actual in zip(expected, steps(bound, images), strict=True):
+                if not np.allclose(actual, wanted, atol=1e-6):
+                    failed.append(order)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
+def test_picked_rows_do_not_hold_what_they_were_picked_from(bound):
+    gather, everything, large = bound._graphs.gather, np.arange(1000), np.ones((1000, 4096), np.float32)
+
+    def first_row():
+        rows = DeviceRows(gather.pick(large, everything), gather)
+        return rows[np.array([0])]
+
+    kept = [first_row()]
+    before = resident()
+    kept += [first_row() for _ in range(8)]
+    # 16 MB would be held for each row.
+    assert resident() - before < 2 * large.nbytes
+
+
+def test_the_memory_of_bound_rows_is_used_again(bound):
+    images = np.zeros((64, 32, 32, 3), np.uint8)
+
+    def caption(words):
+        encoded = bound.encode(bound.extract(images))
+        state, tokens = encoded.initial_state, np.zeros(64, np.int64)
+        for _ in range(words):
+            state = bound.decode(tokens, state[np.arange(64)], encoded.features, encoded.keys).next_state
+        return state
+
+    caption(200)
+    before = resident()
+    caption(4000)
+    # 64 rows of 7 numbers a step, each twice, would be 14 MB beside what surrounds them.
+    assert resident() - before < 4 * 2**20
+
+
+def resident():
+    """Bytes of memory that this process really has; 0 where the system does not tell it so."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return 0
+
+
+def test_a_failing_bound_run_is_an_engine_error_and_prints_nothing(bound, capfd):
+    encoded = bound.encode(bound.extract(np.zeros((1, 32, 32, 3), np.uint8)))
+    with pytest.raises(EngineError, match=r"ONNX Runtime failed in decoder\.onnx: .*out of data bounds, idx=99"):
+        bound.decode(np.array([99]), encoded.initial_state, encoded.features, encoded.keys)
+    with pytest.raises(EngineError, match=r"ONNX Runtime failed in extractor\.onnx: .*images"):
+        bound.extract(np.zeros((1, 16, 16, 3), np.uint8))
+    with pytest.raises(EngineError, match=r"ONNX Runtime failed in encoder\.onnx: .*Unexpected input data type"):
+        bound.encode(np.zeros((1, 6, 5), np.uint8))
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_preload_that_fails_is_an_engine_error(bundle, monkeypatch, fresh_probe):
-    def fail():
-        raise RuntimeError("Invalid parameter of directory")
-
-    cuda_built(monkeypatch)
-    monkeypatch.setattr(_cuda, "missing_driver", lambda: None)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", fail)
-    with pytest.raises(EngineError, match="cannot be used: ONNX Runtime cannot load its libraries: Invalid parameter"):
-        Engine(bundle, "cuda")
-    assert Engine(bundle, "auto").provider == "CPUExecutionProvider"
-
-
-def cuda_promised(monkeypatch, session):
-    """A machine where all libraries are there, and `session` is made of ONNX Runtime's when CUDA is asked for."""
-    real = onnxruntime.InferenceSession
-
-    def make(model, options, providers, **keywords):
-        assert keywords == {"enable_fallback": 0}
-        on_cpu = real(model, options, providers=["CPUExecutionProvider"], **keywords)
-        return on_cpu if providers == ["CPUExecutionProvider"] else session(on_cpu, providers)
-
-    cuda_built(monkeypatch)
-    monkeypatch.setattr(_cuda, "missing_driver", lambda: None)
-    monkeypatch.setattr(_cuda, "missing_library", lambda version: None)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
-    monkeypatch.setattr(onnxruntime, "cuda_version", "13.0", raising=False)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", make)
-
-
-class OnCuda:
-    """A session that says it runs on CUDA; each run is `run`."""
-
-    def __init__(self, session, run):
-        self.get_inputs, self.get_outputs, self.run = session.get_inputs, session.get_outputs, run
-
-    def get_providers(self):
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-
-def test_cuda_is_taken_where_it_works(bundle, monkeypatch, fresh_probe):
-    asked = []
-
-    def session(on_cpu, providers):
-        asked.append(providers)
-        return OnCuda(on_cpu, on_cpu.run)
-
-    cuda_promised(monkeypatch, session)
-    for device in ("cuda", "auto"):
-        assert Engine(bundle, device).provider == "CUDAExecutionProvider"
-    assert Engine(bundle, "cpu").provider == "CPUExecutionProvider"
-    assert len(asked) == 6
-    (name, options), fallback = asked[0]
-    assert (name, fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider")
-    assert options == {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
-
-
-def test_a_session_that_fell_back_is_an_error_for_cuda_and_fine_for_auto(bundle, monkeypatch, fresh_probe):
-    """ONNX Runtime was asked for CUDA, gave a session and runs it on the CPU."""
-    cuda_promised(monkeypatch, lambda on_cpu, providers: on_cpu)
-    with pytest.raises(EngineError, match=r"CUDA was asked for and ONNX Runtime runs extractor\.onnx on CPUExecution"):
-        Engine(bundle, "cuda")
-    assert Engine(bundle, "auto").provider == "CPUExecutionProvider"
-
-
-def test_a_session_that_cannot_be_made_is_an_error_for_cuda_and_fine_for_auto(bundle, monkeypatch, fresh_probe):
-    def session(on_cpu, providers):
-        raise RuntimeError("CUDA failure 2: out of memory")
-
-    cuda_promised(monkeypatch, session)
-    with pytest.raises(EngineError, match=r"cannot load extractor\.onnx: CUDA failure 2: out of memory"):
-        Engine(bundle, "cuda")
-    assert Engine(bundle, "auto").provider == "CPUExecutionProvider"
-
-
-def test_a_gpu_that_fails_at_the_first_photo_is_not_taken_by_auto(bundle, monkeypatch, fresh_probe):
-    def run(names, feeds):
-        raise RuntimeError("no kernel image is available for execution on the device")
-
-    cuda_promised(monkeypatch, lambda on_cpu, providers: OnCuda(on_cpu, run))
-    with pytest.raises(EngineError, match="no kernel image"):
-        Engine(bundle, "cuda").extract(np.zeros((1, 32, 32, 3), np.uint8))
-    assert Engine(bundle, "auto").provider == "CPUExecutionProvider"
-
-
-def test_the_driver_is_asked_for_a_device(monkeypatch):
-    def load(name):
-        assert name in ("libcuda.so.1", "nvcuda.dll")
-        return SimpleNamespace(cuInit=lambda flags: 100 + flags)
-
-    monkeypatch.setattr(ctypes, "CDLL", load)
-    assert _cuda.missing_driver() == "the NVIDIA driver finds no GPU that it can use (CUDA error 100)"
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuInit=lambda flags: 0))
-    assert _cuda.missing_driver() is None
-    assert _cuda.missing_library("13.0") is None
-
-    def absent(name):
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(ctypes, "CDLL", absent)
-    assert "the NVIDIA driver is not installed" in _cuda.missing_driver()
-    assert _cuda.missing_library("13.0").endswith("cannot be loaded (CUDA 13 and cuDNN 9 are needed)")
-
-
-def test_only_the_calling_threads_prints_are_diverted(capsys, caplog):
-    def noisy():
-        print("Failed to load libcudart.so.13")
-        other = threading.Thread(target=lambda: print("a result of another thread"))
-        other.start()
-        other.join()
-
-    with caplog.at_level("INFO", "caption_rt"):
-        _cuda.silenced(noisy)
-    print("after")
-    assert capsys.readouterr().out == "a result of another thread\nafter\n"
-    assert "Failed to load libcudart.so.13" in caplog.text
-
-
-def test_a_process_without_standard_output(monkeypatch):
-    called = []
-    monkeypatch.setattr(sys, "stdout", None)
-    _cuda.silenced(lambda: called.append(print("nowhere")))
-    assert called == [None]
+def test_the_graph_that_picks_rows_is_what_onnx_would_have_written():
+    onnx = pytest.importorskip("onnx")
+    node = onnx.helper.make_node("Gather", ["data", "rows"], ["picked"])
+    tensors = [
+        onnx.ValueInfoProto(name=name, type=onnx.helper.make_tensor_type_proto(kind, None))
+        for name, kind in (
+            ("data", onnx.TensorProto.FLOAT),
+            ("rows", onnx.TensorProto.INT64),
+            ("picked", onnx.TensorProto.FLOAT),
+        )
+    ]
+    graph = onnx.helper.make_graph([node], "gather", tensors[:2], tensors[2:])
+    wanted = onnx.ModelProto(ir_version=7, graph=graph, opset_import=[onnx.helper.make_opsetid("", 13)])
+    model = onnx.load_from_string(gather_model())
+    model.opset_import[0].domain = ""
+    assert model == wanted
 
 
 @pytest.mark.parametrize("contents", ["", "raise ImportError('libonnxruntime.so: bad ELF')"], ids=["hollow", "broken"])
@@ -370,10 +390,3 @@ def test_auto_is_silent_in_a_real_process(tiny_bundle):
     )
     assert json.loads(done.stdout) in ("CPUExecutionProvider", "CUDAExecutionProvider")
     assert done.stderr == ""
-
-
-def test_standard_output_is_restored_after_a_failure(capsys):
-    with contextlib.suppress(ZeroDivisionError):
-        _cuda.silenced(lambda: 1 / 0)
-    print("still here")
-    assert capsys.readouterr().out == "still here\n"
