@@ -13,8 +13,11 @@ from caption_rt.errors import BundleError, CaptionError, EngineError, ImageError
 
 if TYPE_CHECKING:
     from caption_rt.bundle import Bundle
-    from caption_rt.captioner import Caption, Captioner
-    from caption_rt.search import DecodeOptions, Stepper
+    from caption_rt.caption import Caption, Timing, Word
+    from caption_rt.captioner import Captioner
+    from caption_rt.image import PhotoLimits
+    from caption_rt.options import DecodeOptions
+    from caption_rt.search import Stepper
     from caption_rt.vocabulary import Vocabulary
 
 __version__ = "0.1.0"
@@ -29,8 +32,11 @@ __all__ = [
     "EngineError",
     "ImageError",
     "OptionsError",
+    "PhotoLimits",
     "Stepper",
+    "Timing",
     "Vocabulary",
+    "Word",
     "__version__",
 ]
 
@@ -38,11 +44,14 @@ __all__ = [
 # `caption-rt --help` and programs that caption rarely would otherwise pay for.
 _LAZY = {
     "Bundle": "caption_rt.bundle",
-    "Caption": "caption_rt.captioner",
+    "Caption": "caption_rt.caption",
     "Captioner": "caption_rt.captioner",
-    "DecodeOptions": "caption_rt.search",
+    "DecodeOptions": "caption_rt.options",
+    "PhotoLimits": "caption_rt.image",
     "Stepper": "caption_rt.search",
+    "Timing": "caption_rt.caption",
     "Vocabulary": "caption_rt.vocabulary",
+    "Word": "caption_rt.caption",
 }
 
 

@@ -149,6 +149,11 @@ class Bundle:
         return self._path
 
     @property
+    def sha256(self) -> str:
+        """SHA-256 of the manifest, 64 hexadecimal digits; it states those of all files."""
+        return self._sha256
+
+    @property
     def manifest(self) -> Manifest:
         """The facts about the bundle."""
         return self._manifest
@@ -192,6 +197,7 @@ class Bundle:
         data = self._read_file(MANIFEST_FILE, _MAX_MANIFEST_SIZE)
         if len(data) > _MAX_MANIFEST_SIZE:
             raise BundleError(f"{MANIFEST_FILE} is above {_MAX_MANIFEST_SIZE} bytes")
+        self._sha256 = hashlib.sha256(data).hexdigest()
         return Manifest.from_json(parse_json(data, MANIFEST_FILE))
 
     def _verified(self, name: str) -> bytes:

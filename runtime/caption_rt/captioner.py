@@ -1,112 +1,68 @@
 """Captioner: the class that other programs embed."""
 
-import base64
-import binascii
+import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Literal, TypeAlias, TypedDict, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from caption_rt._fields import Fields
-from caption_rt.bundle import SELFTEST_FILE, Bundle, default_bundle_path
-from caption_rt.engine import Encoded, Engine
-from caption_rt.errors import BundleError, EngineError, ImageError, OptionsError
-from caption_rt.image import ImageSource, read_photo
-from caption_rt.search import DecodeOptions, Ended, Hypothesis, Step, decode
+from caption_rt.bundle import Bundle, default_bundle_path
+from caption_rt.caption import Caption, Timing, Word
+from caption_rt.engine import Engine
+from caption_rt.errors import BundleError, EngineError, ImageError, OptionsError, printable
+from caption_rt.guard import Guarded, decode_guarded, faults_of
+from caption_rt.image import ImageSource, PhotoLimits, read_photo
+from caption_rt.options import DecodeOptions
+from caption_rt.pipeline import ahead
+from caption_rt.search import Search
+from caption_rt.selftest import SelfTest, run_self_test
+from caption_rt.sessions import EngineStepper, shared_engine
+from caption_rt.strategies import Hypothesis
+from caption_rt.threads import usable_cpus
 
-__all__ = ["Caption", "Captioner", "SelfTest"]
+__all__ = ["Caption", "Captioner", "SelfTest", "Timing", "Word"]
 
-
-@dataclass(frozen=True)
-class Caption:
-    """A caption, and how sure the model was of it."""
-
-    text: str
-    """The words, joined by spaces, as the model says them: lower case, no punctuation."""
-    tokens: tuple[int, ...]
-    """The token id of each word."""
-    words: tuple[str, ...]
-    """The words."""
-    log_prob: float
-    """Natural logarithm of the sentence's probability, its end included where the model ended it."""
-    word_log_probs: tuple[float, ...]
-    """Natural logarithm of each word's probability, given the photo and the words before it."""
-    attention: NDArray[np.float32] = field(repr=False, compare=False)
-    """float32 [words, grid rows, grid columns], read-only: where in the photo the model looked for each word. The grid
-    lies over the whole photo, upright and stretched to it; each word's numbers sum to 1."""
-    ended: Ended
-    """"end": the model ended it; "max_words": it was cut."""
-    provider: str
-    """The execution provider of ONNX Runtime that was used, such as "CPUExecutionProvider"."""
-
-    def to_dict(self, *, attention: bool = False) -> dict[str, Any]:
-        """The caption as values that `json.dumps` takes.
-
-        Args:
-            attention: put the attention in as nested lists.
-        """
-        values: dict[str, Any] = {
-            "caption": self.text,
-            "log_prob": self.log_prob,
-            "words": list(self.words),
-            "word_log_probs": list(self.word_log_probs),
-            "tokens": list(self.tokens),
-            "ended": self.ended,
-            "provider": self.provider,
-        }
-        if attention:
-            values["attention"] = self.attention.tolist()
-        return values
-
-    def plot(self, image: ImageSource, path: str | os.PathLike[str]) -> None:
-        """Write a picture of the photo, once a word, with that word's attention over it.
-
-        Args:
-            image: the photo that was captioned.
-            path: where to write; PNG, SVG or PDF by its ending. A file that is there is replaced.
-
-        Raises:
-            OptionsError: another ending, or matplotlib (the extra `plot`) is not installed.
-            ImageError: the photo cannot be read.
-            CaptionError: the file cannot be written.
-        """
-        from caption_rt.attention import save_plot  # matplotlib is an extra
-
-        save_plot(image, self, path)
-
-
-@dataclass(frozen=True)
-class SelfTest:
-    """The result of a self-test that was passed."""
-
-    photos: int
-    """How many photos were captioned."""
-    provider: str
-    """The execution provider that was used."""
-    max_difference: float
-    """The largest difference of a log-probability from the one that the bundle states."""
-    tolerance: float
-    """The largest difference that passes."""
+_Read: TypeAlias = tuple[NDArray[np.uint8], float] | ImageError
+"""A photo as the extractor takes it, and the seconds that this took; or why it cannot be read."""
 
 
 class Captioner:
     """Captions photos with the model of a bundle. Safe to use from several threads.
 
-    Made by `Captioner.load`.
+    Made by `Captioner.load`. Captioners of the same bundle, device and threads in one process share their sessions, so
+    a second one costs neither memory nor the time to build them. A captioner that is pickled (for a process pool, say)
+    takes its configuration along and builds its sessions where it is used, when it is first used; so does one that is
+    used after a fork. It is a context manager that closes itself.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
-        """Put a bundle and an engine of it together; `Captioner.load` does so from a path."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "auto",
+        *,
+        intra_op_threads: int | None = None,
+        limits: PhotoLimits | None = None,
+    ) -> None:
+        """Take an open bundle; the sessions are built when they are first needed. See `Captioner.load`."""
         self._bundle = bundle
-        self._engine = engine
+        self._device = device
+        self._intra_op_threads = intra_op_threads
+        self._limits = limits or PhotoLimits()
+        self._engine: tuple[int, Engine] | None = None
+        self._closed = False
         defaults = bundle.manifest.decoding
         try:
-            self._options = DecodeOptions(defaults.beam_size, defaults.length_penalty, defaults.max_words)
+            self._options = DecodeOptions(
+                beam_size=defaults.beam_size, length_penalty=defaults.length_penalty, max_words=defaults.max_words
+            )
         except OptionsError as exc:
-            raise BundleError(f"the bundle {bundle.path}: manifest.json: decoding: {exc}") from exc
+            raise BundleError(f"the bundle {printable(bundle.path)}: manifest.json: decoding: {exc}") from exc
 
     @classmethod
     def load(
@@ -115,13 +71,17 @@ class Captioner:
         device: str = "auto",
         *,
         intra_op_threads: int | None = None,
+        limits: PhotoLimits | None = None,
     ) -> "Captioner":
         """Load a model.
 
         Args:
             bundle: a folder or zip file, or an open bundle; None for the one that travels with the package.
-            device: "cpu"; "cuda", which is CUDA or an error; "auto", which is CUDA where it works and else the CPU.
-            intra_op_threads: threads that share the work of one operator; None leaves it to ONNX Runtime.
+            device: "cpu"; "cuda" or "cuda:1", which is CUDA on the first or another GPU, or an error; "auto", which is
+                CUDA where it works and else the CPU.
+            intra_op_threads: threads that share the work of one operator; None for as many as the process may use
+                processors.
+            limits: the largest photos that are read; None for the defaults of `PhotoLimits`.
 
         Raises:
             OptionsError: an unknown device, or fewer than 1 thread.
@@ -130,7 +90,31 @@ class Captioner:
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(default_bundle_path() if bundle is None else bundle)
-        return cls(bundle, Engine(bundle, device, intra_op_threads))
+        captioner = cls(bundle, device, intra_op_threads=intra_op_threads, limits=limits)
+        captioner._use_engine()
+        return captioner
+
+    def __enter__(self) -> "Captioner":
+        """The captioner itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the sessions back; calls that are under way in other threads end as usual. May be called again."""
+        self._closed = True
+        self._engine = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """The configuration; see the class."""
+        path = self._bundle.path
+        # The default bundle is found again wherever the package is installed.
+        stated = None if str(path) == _default_path() else str(path.absolute())
+        return _revived, (stated, self.key, self._device, self._intra_op_threads, self._limits)
 
     @property
     def bundle(self) -> Bundle:
@@ -138,9 +122,34 @@ class Captioner:
         return self._bundle
 
     @property
+    def key(self) -> str:
+        """SHA-256 of the bundle's manifest, 64 hexadecimal digits: the same model, wherever its bundle lies."""
+        return self._bundle.sha256
+
+    @property
+    def limits(self) -> PhotoLimits:
+        """The largest photos that are read."""
+        return self._limits
+
+    @property
     def provider(self) -> str:
         """The execution provider that ONNX Runtime really uses."""
-        return self._engine.provider
+        return self._use_engine().provider
+
+    @property
+    def device(self) -> str:
+        """Where it runs: "cpu", or "cuda:0" for the first GPU."""
+        return self._use_engine().device
+
+    @property
+    def intra_op_threads(self) -> int:
+        """How many threads share the work of one operator on the CPU."""
+        return self._use_engine().intra_op_threads
+
+    @property
+    def fallback(self) -> str | None:
+        """Why "auto" runs on the CPU although an NVIDIA driver is there; None where it is not so."""
+        return self._use_engine().fallback
 
     @property
     def default_options(self) -> DecodeOptions:
@@ -156,9 +165,52 @@ class Captioner:
 
         Raises:
             ImageError: the photo cannot be read.
-            EngineError: ONNX Runtime fails.
+            EngineError: ONNX Runtime fails, or the captioner is closed.
         """
-        return self._caption_batch([read_photo(image, self._bundle.manifest.image.size)], options or self._options)[0]
+        pixels, seconds = self._read(image)
+        return self.caption_pixels([pixels], options, read_s=[seconds])[0]
+
+    def stream(self, image: ImageSource, options: DecodeOptions | None = None) -> Generator[Word, None, Caption]:
+        """Caption a photo, and give each word as soon as it is certain.
+
+        Greedy search and sampling make a word certain with every step, a beam when all its hypotheses agree on it.
+        Words that were given cannot be taken back, so the guard does not decode again; the caption's `faults` tell what
+        it would have found.
+
+        Args:
+            image: see `caption`.
+            options: see `caption`.
+
+        Yields:
+            The words, in order.
+
+        Returns:
+            The caption (``caption = yield from captioner.stream(photo)``, or the value of `StopIteration`).
+
+        Raises:
+            ImageError: the photo cannot be read; at the first word, as the following.
+            EngineError: ONNX Runtime fails, or the captioner is closed.
+        """
+        options = options or self._options
+        pixels, read_s = self._read(image)
+        stepper = EngineStepper(self._use_engine(), [pixels])
+        search = Search(stepper, options, **self._searched([pixels], options))
+        given, decode_s, going_on = 0, 0.0, True
+        while going_on:
+            start = time.perf_counter()
+            going_on = search.advance()
+            decode_s += time.perf_counter() - start
+            if going_on:
+                settled = search.settled(0)
+                for i in range(given, len(settled.tokens)):
+                    yield self._word(settled.tokens[i], settled.log_probs[i], settled.attention[i])
+                given = len(settled.tokens)
+        hypotheses = search.results()[0]
+        best = hypotheses[0]
+        for i in range(given, len(best.tokens)):
+            yield self._word(best.tokens[i], best.log_probs[i], best.attention[i])
+        found = Guarded(hypotheses, options.strategy, (), faults_of(best))
+        return self._caption_of(found, stepper.provider, Timing(read_s, stepper.extract_s, stepper.encode_s, decode_s))
 
     @overload
     def caption_many(
@@ -190,11 +242,12 @@ class Captioner:
     ) -> Iterator[Caption | ImageError]:
         """Caption photos, in order, a batch at a time.
 
-        A photo's words do not depend on the photos that share its batch, but for rounding: log-probabilities may differ
-        in the last digits, and words only where two are as likely to that precision.
+        The next photos are read by threads while a batch is in the network. A photo's words do not depend on the photos
+        that share its batch, but for rounding: log-probabilities may differ by 1e-4, and words only where two are as
+        likely to that precision.
 
         Args:
-            images: the photos; read as they are needed, so that there may be any number of them.
+            images: the photos; taken as they are needed, up to a batch ahead, so that there may be any number of them.
             options: how to decode; None for `default_options`.
             batch_size: photos that go through the network together, at least 1.
             on_error: at a photo that cannot be read, "raise" its `ImageError`, after the captions of the photos before
@@ -203,7 +256,7 @@ class Captioner:
         Raises:
             OptionsError: an impossible `batch_size` or `on_error`, or one path or file in place of several.
             ImageError: a photo cannot be read, with `on_error="raise"`.
-            EngineError: ONNX Runtime fails.
+            EngineError: ONNX Runtime fails, or the captioner is closed.
         """
         if batch_size < 1:
             raise OptionsError(f"batch_size must be at least 1, not {batch_size}")
@@ -214,6 +267,36 @@ class Captioner:
         # Apart, because a generator would report a wrong argument only when its first caption is asked for.
         return self._caption_many(images, options or self._options, batch_size, on_error == "raise")
 
+    def caption_pixels(
+        self,
+        pixels: Sequence[NDArray[np.uint8]],
+        options: DecodeOptions | None = None,
+        *,
+        read_s: Sequence[float] | None = None,
+    ) -> list[Caption]:
+        """Caption photos that have been read already, all in one batch.
+
+        Args:
+            pixels: uint8 [S, S, 3] each, as `caption_rt.image.read_photo` gives for the bundle's image size S.
+            options: how to decode; None for `default_options`.
+            read_s: how long the reading of each photo took, for its caption's `timing`.
+
+        Raises:
+            EngineError: ONNX Runtime fails, or the captioner is closed.
+        """
+        if not pixels:
+            return []
+        options = options or self._options
+        stepper = EngineStepper(self._use_engine(), pixels)
+        start = time.perf_counter()
+        found = decode_guarded(stepper, options, **self._searched(pixels, options))
+        decode_s = time.perf_counter() - start
+        share = [seconds / len(pixels) for seconds in (stepper.extract_s, stepper.encode_s, decode_s)]
+        return [
+            self._caption_of(guarded, stepper.provider, Timing(seconds, *share))
+            for guarded, seconds in zip(found, read_s or [0.0] * len(pixels), strict=True)
+        ]
+
     def self_test(self) -> SelfTest:
         """Caption the bundle's own test photos and compare with the results that its makers got in training.
 
@@ -221,44 +304,54 @@ class Captioner:
             BundleError: the bundle's self-test cannot be read.
             EngineError: this machine gives other words, or log-probabilities further off than the bundle allows.
         """
-        fields = Fields(self._bundle.selftest(), SELFTEST_FILE)
-        options, tolerance = _options(fields.inner("options")), fields.inner("tolerance").number("log_prob")
-        inputs, expected = fields.inners("inputs"), fields.inners("expected")
-        if not inputs or len(inputs) != len(expected):
-            raise BundleError(f"{SELFTEST_FILE}: {len(inputs)} inputs and {len(expected)} expected results")
-        largest = 0.0
-        for photo, wanted in zip(inputs, expected, strict=True):
-            caption = self._caption_batch([_pixels(photo, self._bundle.manifest.image.size)], options)[0]
-            difference = _difference(caption, photo.text("name"), wanted)
-            # Written so that a difference that is not a number fails as well.
-            if not difference <= tolerance:
-                raise EngineError(
-                    f"the self-test failed: a log-probability of {photo.text('name')} is {difference:.2g} off, and "
-                    f"{tolerance:.2g} is allowed ({self.provider})"
-                )
-            largest = max(largest, difference)
-        return SelfTest(len(inputs), self.provider, largest, tolerance)
+        return run_self_test(self._bundle, self.caption_pixels)
+
+    def _use_engine(self) -> Engine:
+        """The engine of this process, built if it is not there yet."""
+        process = os.getpid()
+        held = self._engine
+        if held is None or held[0] != process:  # sessions do not outlive a fork
+            held = self._engine = process, shared_engine(self._bundle, self._device, self._intra_op_threads)
+        if self._closed:
+            self._engine = None
+            raise EngineError("the captioner is closed: load another one")
+        return held[1]
+
+    def _read(self, image: ImageSource) -> tuple[NDArray[np.uint8], float]:
+        start = time.perf_counter()
+        pixels = read_photo(image, self._bundle.manifest.image.size, limits=self._limits)
+        return pixels, time.perf_counter() - start
 
     def _caption_many(
         self, images: Iterable[ImageSource], options: DecodeOptions, batch_size: int, raising: bool
     ) -> Iterator[Caption | ImageError]:
-        size = self._bundle.manifest.image.size
-        batch: list[NDArray[np.uint8] | ImageError] = []
-        for image in images:
+        def read(image: ImageSource) -> _Read:
             try:
-                batch.append(read_photo(image, size))
+                return self._read(image)
             except ImageError as exc:
-                batch.append(exc)
-            if len(batch) == batch_size or (raising and isinstance(batch[-1], ImageError)):
+                return exc
+
+        def task(image: ImageSource) -> Callable[[], _Read]:
+            # An open image may be closed, and an array changed, once the next one is asked for: these are read at once.
+            if isinstance(image, Image.Image | np.ndarray):
+                result = read(image)
+                return lambda: result
+            return partial(read, image)
+
+        batch: list[_Read] = []
+        readers = usable_cpus()
+        for result in ahead(lambda job: job(), map(task, images), threads=readers, window=batch_size + readers):
+            batch.append(result)
+            if len(batch) == batch_size or (raising and isinstance(result, ImageError)):
                 yield from self._results(batch, options, raising)
                 batch = []
         yield from self._results(batch, options, raising)
 
-    def _results(
-        self, batch: Sequence[NDArray[np.uint8] | ImageError], options: DecodeOptions, raising: bool
-    ) -> Iterator[Caption | ImageError]:
+    def _results(self, batch: Sequence[_Read], options: DecodeOptions, raising: bool) -> Iterator[Caption | ImageError]:
         photos = [photo for photo in batch if not isinstance(photo, ImageError)]
-        captions = iter(self._caption_batch(photos, options))
+        captions = iter(
+            self.caption_pixels([pixels for pixels, _ in photos], options, read_s=[seconds for _, seconds in photos])
+        )
         for photo in batch:
             if not isinstance(photo, ImageError):
                 yield next(captions)
@@ -267,96 +360,85 @@ class Captioner:
             else:
                 yield photo
 
-    def _caption_batch(self, photos: Sequence[NDArray[np.uint8]], options: DecodeOptions) -> list[Caption]:
-        if not photos:
-            return []
-        encoded = self._engine.encode(self._engine.extract(np.stack(photos)))
+    def _searched(self, pixels: Sequence[NDArray[np.uint8]], options: DecodeOptions) -> "_Searched":
+        """What a search must know of the vocabulary and the photos."""
         vocabulary = self._bundle.vocabulary
-        found = decode(
-            _EngineStepper(self._engine, encoded),
-            options,
-            start_id=vocabulary.start_id,
-            end_id=vocabulary.end_id,
-            banned=vocabulary.unspoken_ids,
-        )
-        return [self._to_caption(hypotheses[0]) for hypotheses in found]
+        banned = set(vocabulary.unspoken_ids) - ({vocabulary.unk_id} if options.allow_unk else set())
+        for word in options.banned_words:
+            banned |= set(vocabulary.encode(word)) - {vocabulary.unk_id}
 
-    def _to_caption(self, best: Hypothesis) -> Caption:
+        def photo_seed(photo: int) -> int:
+            # The photo's content rather than its place: it gets the same caption whatever photos come before it.
+            return int.from_bytes(hashlib.blake2b(pixels[photo].tobytes(), digest_size=8).digest(), "little")
+
+        return {
+            "start_id": vocabulary.start_id,
+            "end_id": vocabulary.end_id,
+            "banned": banned,
+            "photo_seed": photo_seed,
+        }
+
+    def _word(self, token: int, log_prob: float, attention: NDArray[np.float32]) -> Word:
         grid = self._bundle.manifest.grid
-        words = tuple(self._bundle.vocabulary.words[token] for token in best.tokens)
-        attention = best.attention.reshape(len(words), grid.rows, grid.columns)
-        attention.setflags(write=False)
-        return Caption(
-            text=" ".join(words),
-            tokens=best.tokens,
-            words=words,
-            log_prob=best.log_prob,
-            word_log_probs=best.log_probs,
-            attention=attention,
-            ended=best.ended,
-            provider=self.provider,
-        )
+        return Word(self._bundle.vocabulary.words[token], token, log_prob, _frozen(attention, grid.rows, grid.columns))
+
+    def _caption_of(self, found: Guarded, provider: str, timing: Timing) -> Caption:
+        grid = self._bundle.manifest.grid
+
+        def caption(hypothesis: Hypothesis, alternatives: tuple[Caption, ...] = ()) -> Caption:
+            words = tuple(self._bundle.vocabulary.words[token] for token in hypothesis.tokens)
+            return Caption(
+                text=" ".join(words),
+                tokens=hypothesis.tokens,
+                words=words,
+                log_prob=hypothesis.log_prob,
+                word_log_probs=hypothesis.log_probs,
+                attention=_frozen(hypothesis.attention, len(words), grid.rows, grid.columns),
+                ended=hypothesis.ended,
+                strategy=found.strategy,
+                retried_for=found.retried_for,
+                faults=faults_of(hypothesis),
+                provider=provider,
+                timing=timing,
+                alternatives=alternatives,
+            )
+
+        best, *others = found.hypotheses
+        return caption(best, tuple(caption(other) for other in others))
 
 
-class _EngineStepper:
-    """The decoder graph as a `caption_rt.search.Stepper`."""
+class _Searched(TypedDict):
+    """Arguments of `Search`."""
 
-    def __init__(self, engine: Engine, encoded: Encoded) -> None:
-        self._engine = engine
-        self._encoded = encoded
-        self._images = np.arange(len(encoded.features))
-        self._rows = encoded.features, encoded.keys
-
-    @property
-    def batch_size(self) -> int:
-        return len(self._encoded.features)
-
-    def initial_state(self) -> NDArray[np.float32]:
-        return self._encoded.initial_state
-
-    def step(self, tokens: NDArray[np.int64], state: NDArray[np.float32], images: NDArray[np.int64]) -> Step:
-        # Megabytes a batch: copied when a photo leaves or a beam widens, not at every word.
-        if not np.array_equal(images, self._images):
-            self._images = images
-            self._rows = self._encoded.features[images], self._encoded.keys[images]
-        return Step(*self._engine.decode(tokens, state, *self._rows))
+    start_id: int
+    end_id: int
+    banned: Collection[int]
+    photo_seed: Callable[[int], int]
 
 
-def _options(settings: Fields) -> DecodeOptions:
+def _frozen(attention: NDArray[np.float32], *shape: int) -> NDArray[np.float32]:
+    """A view of that shape that nobody can write to."""
+    view = attention.reshape(shape)
+    view.setflags(write=False)
+    return view
+
+
+def _default_path() -> str | None:
     try:
-        return DecodeOptions(
-            settings.integer("beam_size", 1), settings.number("length_penalty"), settings.integer("max_words", 1)
-        )
-    except OptionsError as exc:
-        raise BundleError(f"{SELFTEST_FILE}: options: {exc}") from exc
+        return str(default_bundle_path())
+    except BundleError:
+        return None
 
 
-def _pixels(photo: Fields, size: int) -> NDArray[np.uint8]:
-    try:
-        return read_photo(base64.b64decode(photo.text("png_base64"), validate=True), size)
-    except binascii.Error as exc:
-        raise photo.error("png_base64", f"is not base64: {exc}") from exc
-    except ImageError as exc:
-        raise photo.error("png_base64", f"is not a photo: {exc}") from exc
-
-
-def _difference(caption: Caption, name: str, wanted: Fields) -> float:
-    """The largest difference of a log-probability.
+def _revived(path: str | None, key: str, device: str, intra_op_threads: int | None, limits: PhotoLimits) -> Captioner:
+    """A captioner that was pickled; see `Captioner`.
 
     Raises:
-        EngineError: the words differ.
+        BundleError: the bundle is not there, or is not the one that the captioner had.
     """
-    tokens, words = wanted.integers("token_ids"), wanted.numbers("word_log_probs")
-    if list(caption.tokens) != tokens:
-        raise EngineError(
-            f"the self-test failed: for {name} the token ids {list(caption.tokens)} came instead of {tokens} "
-            f"({caption.provider})"
+    bundle = Bundle.open(default_bundle_path() if path is None else path)
+    if bundle.sha256 != key:
+        raise BundleError(
+            f"the bundle {printable(bundle.path)} has changed since the captioner was pickled: load it again"
         )
-    if len(words) != len(tokens):
-        raise wanted.error("word_log_probs", f"has {len(words)} numbers for {len(tokens)} token ids")
-    return max(
-        abs(actual - number)
-        for actual, number in zip(
-            (caption.log_prob, *caption.word_log_probs), (wanted.number("log_prob"), *words), strict=True
-        )
-    )
+    return Captioner(bundle, device, intra_op_threads=intra_op_threads, limits=limits)
