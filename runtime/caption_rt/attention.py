@@ -1,5 +1,6 @@
 """Attention plots: the photo once a word, with where the model looked. The only file that imports matplotlib."""
 
+import contextlib
 import math
 import os
 import secrets
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from caption_rt.captioner import Caption
 
-__all__ = ["PLOT_FORMATS", "check_plot_path", "plot_attention", "save_plot", "upsample"]
+__all__ = ["PLOT_FORMATS", "check_plot_path", "check_screen", "plot_attention", "save_plot", "show_plot", "upsample"]
 
 PLOT_FORMATS = ("png", "svg", "pdf")
 """What `save_plot` writes, by the ending of the file's name."""
@@ -27,10 +28,11 @@ PLOT_FORMATS = ("png", "svg", "pdf")
 # Pixels on the long side of a photo in the plot: sharp on a screen, and a plot of 20 words stays below 2 MB.
 _PANEL_PIXELS = 400
 _PANEL_INCHES = 2.4
+_WINDOWS = ("macosx", "tkagg", "qtagg", "gtk4agg", "gtk3agg", "wxagg")
 _GLOW = np.array([0.22, 0.16, 0.04], np.float32)
 
 
-def plot_attention(photo: Image.Image, caption: "Caption") -> "Figure":
+def plot_attention(photo: Image.Image, caption: "Caption", figure: "Figure | None" = None) -> "Figure":
     """Draw the photo once for each word, the places where the model looked for it bright and the others dark.
 
     Each panel is scaled by its own word's strongest place, so that a word that looked everywhere can be told from one
@@ -39,23 +41,26 @@ def plot_attention(photo: Image.Image, caption: "Caption") -> "Figure":
     Args:
         photo: RGB, upright, of any size and aspect ratio.
         caption: its caption.
+        figure: an empty figure to draw in; None for one of its own, which leaves pyplot's state alone.
 
     Returns:
-        A figure of its own; pyplot's state is not touched.
+        The figure.
 
     Raises:
         OptionsError: matplotlib is not installed.
     """
-    figure_class = _figure_class()
     small = photo.copy()
     small.thumbnail((_PANEL_PIXELS, _PANEL_PIXELS))
     panels = max(1, len(caption.words))
     columns = math.ceil(math.sqrt(panels))
     rows = math.ceil(panels / columns)
     scale = _PANEL_INCHES / max(small.size)
+    figure = figure or _figure_class()()
     # The words stand above the panels, the sentence above all.
-    size = columns * (small.width * scale + 0.15), rows * (small.height * scale + 0.4) + 0.4
-    figure = figure_class(figsize=size, dpi=150, layout="constrained")
+    figure.set_size_inches(
+        columns * (small.width * scale + 0.15), rows * (small.height * scale + 0.4) + 0.4, forward=True
+    )
+    figure.set_layout_engine("constrained")
     figure.suptitle(caption.text or "(no words)", fontsize="medium", parse_math=False, wrap=True)
     for index in range(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
@@ -102,12 +107,51 @@ def save_plot(image: ImageSource, caption: "Caption", path: str | os.PathLike[st
     figure = plot_attention(open_photo(image, at_least=2 * _PANEL_PIXELS), caption)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        figure.savefig(temporary, format=target.suffix[1:].lower())
+        figure.savefig(temporary, format=target.suffix[1:].lower(), dpi=150)
         os.replace(temporary, target)
     except OSError as exc:
         raise CaptionError(f"the plot {printable(target)} cannot be written: {printable(exc.strerror or exc)}") from exc
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def show_plot(image: ImageSource, caption: "Caption") -> None:
+    """Open a window with the plot, and wait until it is closed. For a program of its own: pyplot's state is used.
+
+    Args:
+        image: the photo that was captioned.
+        caption: its caption.
+
+    Raises:
+        OptionsError: matplotlib is not installed, there is no screen, or nothing that opens a window.
+        ImageError: the photo cannot be read.
+    """
+    check_screen()
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(num=f"caption-rt: {caption.text}")
+    plot_attention(open_photo(image, at_least=2 * _PANEL_PIXELS), caption, figure)
+    pyplot.show(block=True)
+
+
+def check_screen() -> None:
+    """See that a window can be opened.
+
+    Raises:
+        OptionsError: matplotlib is not installed, there is no screen, or nothing that opens a window.
+    """
+    _figure_class()
+    from matplotlib import pyplot
+
+    # tkinter comes with Python and fails with an exception; Qt without its system libraries ends the process.
+    for backend in filter(None, (os.environ.get("MPLBACKEND"), *_WINDOWS)):
+        with contextlib.suppress(ImportError, ValueError):
+            pyplot.switch_backend(backend)
+            return
+    raise OptionsError(
+        "no window can be opened: there is no screen, or Python has neither tkinter nor Qt (pip install "
+        "PySide6-Essentials brings Qt); write the plot to a file instead"
+    )
 
 
 def check_plot_path(path: str | os.PathLike[str]) -> Path:

@@ -10,7 +10,7 @@ import click
 
 from caption_rt.errors import CaptionError, OptionsError, printable
 
-__all__ = ["complain", "echo", "run_command"]
+__all__ = ["complain", "echo", "run_command", "say"]
 
 # What a shell reports for a program that Ctrl-C or a closed pipe ended: 128 + the signal's number.
 _INTERRUPTED, _PIPE_CLOSED = 130, 141
@@ -73,6 +73,16 @@ def run_command(
         return CaptionError.exit_code
 
 
+def say(name: str, message: str) -> None:
+    """Say on stderr how a run goes, on one line.
+
+    Args:
+        name: the program's name.
+        message: a sentence.
+    """
+    click.echo(f"{name}: {printable(message)}", err=True)
+
+
 def complain(name: str, message: str) -> None:
     """Say on stderr what is wrong, on one line whatever the message holds.
 
@@ -83,10 +93,14 @@ def complain(name: str, message: str) -> None:
     click.echo(f"{name}: error: {printable(message)}", err=True)
 
 
-def echo(line: str) -> None:
-    """Print a line of results on stdout; where its reader is gone (``| head -1``), end the command quietly."""
+def echo(line: str | bytes) -> None:
+    """Print results on stdout; where their reader is gone (``| head -1``), end the command quietly.
+
+    Args:
+        line: a line of text, without its end; or bytes, which go out as they are.
+    """
     try:
-        click.echo(line)
+        click.echo(line, nl=isinstance(line, str))
     except BrokenPipeError as exc:
         _drop_output()
         raise click.exceptions.Exit(_PIPE_CLOSED) from exc

@@ -1,13 +1,16 @@
 """Attention plots: every number of words, every shape of photo, every format; and what is bright is where it looked."""
 
 import io
+import os
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from caption_rt import Caption, CaptionError, ImageError, OptionsError
+from caption_rt import Caption, CaptionError, ImageError, OptionsError, Timing
 from caption_rt.attention import plot_attention, upsample
 
 pytest.importorskip("matplotlib")
@@ -25,7 +28,11 @@ def caption_of(words, attention=None):
         word_log_probs=(-1.0,) * count,
         attention=attention,
         ended="end",
+        strategy="greedy",
+        retried_for=(),
+        faults=(),
         provider="CPUExecutionProvider",
+        timing=Timing(0.0, 0.0, 0.0, 0.0),
     )
 
 
@@ -139,3 +146,93 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path, photos):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(OptionsError, match=r"pip install 'caption-rt\[plot\]' brings it"):
         caption_of(["a"]).plot(photos[1], tmp_path / "a.png")
+
+
+SHOW = """
+import sys
+from caption_rt import Captioner
+from caption_rt.attention import show_plot
+show_plot(sys.argv[1], Captioner.load(sys.argv[2]).caption(sys.argv[1]))
+print("closed")
+"""
+
+
+@pytest.fixture
+def show(tiny_bundle, photos):
+    """Show the plot of a caption in a process of its own."""
+
+    def start(**environment):
+        bare = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
+        bare["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        return subprocess.Popen(
+            [sys.executable, "-c", SHOW, photos[2], tiny_bundle],
+            env=bare | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a screen")
+def test_without_a_screen_no_window(show):
+    process = show()
+    printed, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert printed == ""
+    assert "OptionsError: no window can be opened: there is no screen" in error.splitlines()[-1]
+
+
+@pytest.mark.program("Xvfb", "xdotool")
+def test_a_window_shows_the_plot_until_it_is_closed(show):
+    reader, writer = os.pipe()
+    screen = subprocess.Popen(
+        ["Xvfb", "-displayfd", str(writer), "-screen", "0", "1600x1200x24"],
+        pass_fds=[writer],
+        stderr=subprocess.DEVNULL,
+    )
+    process = None
+    try:
+        os.close(writer)
+        with os.fdopen(reader) as numbers:
+            display = f":{numbers.readline().strip()}"
+        process = show(DISPLAY=display)
+        window = ""
+        for _ in range(300):
+            found = subprocess.run(
+                ["xdotool", "search", "--onlyvisible", "--name", "caption-rt: in dog cat ball cat"],
+                env=os.environ | {"DISPLAY": display},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            window = found.stdout.strip()
+            if window:
+                break
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        assert window
+        # The key with which matplotlib closes a window; until it is pressed the process waits.
+        time.sleep(0.5)
+        assert process.poll() is None
+        for _ in range(50):
+            subprocess.run(
+                ["xdotool", "windowfocus", window, "key", "--window", window, "q"],
+                env=os.environ | {"DISPLAY": display},
+                stderr=subprocess.DEVNULL,
+                check=False,
+            )
+            try:
+                process.wait(0.2)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        printed, _ = process.communicate(timeout=10)
+        assert (process.returncode, printed) == (0, "closed\n")
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+        screen.kill()
+        screen.wait()

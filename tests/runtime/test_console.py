@@ -3,7 +3,7 @@
 import click
 import pytest
 
-from caption_rt.console import echo, run_command
+from caption_rt.console import echo, run_command, say
 from caption_rt.errors import BundleError, CaptionError
 
 
@@ -66,3 +66,10 @@ def test_what_a_command_returns_is_its_code(capsys):
     assert run_command(command, "try", ["--code", "4"]) == 4
     assert run_command(command, "try", ["--help"]) == 0
     assert capsys.readouterr().out.startswith("a result\na result\nUsage: try")
+
+
+def test_bytes_go_out_as_they_are(capfdbinary):
+    echo(b"two\nlines \xff\n")
+    echo("a line")
+    say("try", "it\ngoes on")
+    assert capfdbinary.readouterr() == (b"two\nlines \xff\na line\n", b"try: it\\ngoes on\n")
