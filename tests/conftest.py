@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,10 @@ def _missing(item: pytest.Item) -> str | None:
         return "TensorFlow is not installed"
     if item.get_closest_marker("data") and not shared_folder().is_dir():
         return f"there is no folder {shared_folder()}"
+    for marker in item.iter_markers("program"):
+        for name in marker.args:
+            if shutil.which(name) is None:
+                return f"the program {name} is not installed"
     return None
 
 

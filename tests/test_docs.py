@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import click
@@ -82,23 +81,3 @@ def test_options_of_training_in_the_documents_are_there():
     known |= {"--help", "--version"}
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
-
-
-def test_the_snippets_on_embedding_run_in_order(tiny_bundle, photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("caption_rt.captioner.default_bundle_path", lambda: tiny_bundle)
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_bundle, "my-bundle")
-    shutil.copy(photos[2], "photo.jpg")
-    Path("photos").mkdir()
-    for photo in photos:
-        shutil.copy(photo, "photos")
-    text = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
-    names = {}
-    for snippet in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        # The one that asks for CUDA catches the error where there is none.
-        exec(snippet, names)
-    printed = capsys.readouterr().out
-    assert printed.startswith("in dog cat ball cat\n")
-    assert f"{Path('photos', 'coffee.jpg')}: in dog cat ball cat\n" in printed
-    assert names["texts"][2] == "in dog cat ball cat"
-    assert names["result"].max_difference < names["result"].tolerance
