@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from caption_rt.captioner import Caption
+    from caption_rt.caption import Caption
 
 __all__ = ["PLOT_FORMATS", "check_plot_path", "check_screen", "plot_attention", "save_plot", "show_plot", "upsample"]
 

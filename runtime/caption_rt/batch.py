@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -169,7 +168,9 @@ def _hash(values: dict[str, object]) -> bytes:
 
 
 def _has_heif() -> str:
+    from importlib import metadata  # only runs with a ledger ask
+
     try:
-        return importlib.metadata.version("pillow-heif")
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version("pillow-heif")
+    except metadata.PackageNotFoundError:
         return ""

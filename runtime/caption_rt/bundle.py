@@ -7,11 +7,7 @@ A bundle is a folder, or a zip file of it, that holds ``manifest.json``, three O
 import hashlib
 import json
 import os
-import secrets
-import shutil
 import stat
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,30 +72,6 @@ class _Folder:
             return file.read(limit + 1)
 
 
-class _Zip:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        # The zip of a folder holds either the files or the folder.
-        found = [name for name in names if name == MANIFEST_FILE or name.split("/")[1:] == [MANIFEST_FILE]]
-        if len(found) != 1:
-            raise BundleError(f"{printable(path)} holds {len(found)} files {MANIFEST_FILE}; a bundle has one")
-        self._prefix = found[0].removesuffix(MANIFEST_FILE)
-
-    def read(self, name: str, limit: int) -> bytes:
-        with zipfile.ZipFile(self._path) as archive:
-            try:
-                entry = archive.getinfo(self._prefix + name)
-            except KeyError as exc:
-                raise FileNotFoundError(name) from exc
-            if stat.S_ISLNK(entry.external_attr >> 16):
-                raise BundleError(f"{name} is not a regular file, and links are not followed")
-            # Read no further than the limit, whatever length the archive claims: it may be a zip bomb.
-            with archive.open(entry) as file:
-                return file.read(limit + 1)
-
-
 class Bundle:
     """A verified bundle: every file had the size and the SHA-256 that the manifest states when it was opened.
 
@@ -137,9 +109,9 @@ class Bundle:
                 raise BundleError(f"the bundle {printable(where)} does not exist")
             if not where.is_file():
                 raise BundleError(f"{printable(where)} is not a bundle: neither a folder nor a whole zip file")
-            return cls(where, _Zip(where))
-        except zipfile.BadZipFile as exc:
-            raise BundleError(f"{printable(where)} is not a bundle: neither a folder nor a whole zip file") from exc
+            from caption_rt._zipped import Zipped  # most bundles are folders
+
+            return cls(where, Zipped(where))
         except (OSError, ValueError) as exc:
             raise BundleError(f"the bundle {printable(where)} cannot be read: {printable(exc)}") from exc
 
@@ -215,8 +187,7 @@ class Bundle:
             return self._files.read(name, limit)
         except FileNotFoundError as exc:
             raise BundleError(f"{name} is missing") from exc
-        # RuntimeError: an encrypted entry; NotImplementedError is one too: a compression that zipfile lacks.
-        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
+        except OSError as exc:
             raise BundleError(f"{name} cannot be read: {printable(exc)}") from exc
 
     def _check_vocabulary(self) -> None:
@@ -296,6 +267,9 @@ def write_bundle(
         scores=scores,
         versions=versions,
     )
+    import secrets
+    import shutil  # these two cost every start of the runtime, which only reads
+
     _check_target(target, overwrite)
     try:
         text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -331,6 +305,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 def _move(source: Path, target: Path) -> None:
     """Rename, with what is there already out of the way first and put back if that fails."""
+    import secrets
+    import shutil
+
     if not target.exists():
         source.rename(target)
         return

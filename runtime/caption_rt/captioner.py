@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Literal, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,14 @@ from caption_rt.image import ImageSource, PhotoLimits, read_photo
 from caption_rt.options import DecodeOptions
 from caption_rt.pipeline import ahead
 from caption_rt.search import Search
-from caption_rt.selftest import SelfTest, run_self_test
 from caption_rt.sessions import EngineStepper, shared_engine
 from caption_rt.strategies import Hypothesis
 from caption_rt.threads import usable_cpus
 
-__all__ = ["Caption", "Captioner", "SelfTest", "Timing", "Word"]
+if TYPE_CHECKING:
+    from caption_rt.selftest import SelfTest
+
+__all__ = ["Captioner"]
 
 _Read: TypeAlias = tuple[NDArray[np.uint8], float] | ImageError
 """A photo as the extractor takes it, and the seconds that this took; or why it cannot be read."""
@@ -297,13 +299,15 @@ class Captioner:
             for guarded, seconds in zip(found, read_s or [0.0] * len(pixels), strict=True)
         ]
 
-    def self_test(self) -> SelfTest:
+    def self_test(self) -> "SelfTest":
         """Caption the bundle's own test photos and compare with the results that its makers got in training.
 
         Raises:
             BundleError: the bundle's self-test cannot be read.
             EngineError: this machine gives other words, or log-probabilities further off than the bundle allows.
         """
+        from caption_rt.selftest import run_self_test  # rarely asked for
+
         return run_self_test(self._bundle, self.caption_pixels)
 
     def _use_engine(self) -> Engine:

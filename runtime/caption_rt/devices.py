@@ -4,7 +4,6 @@ Neither NumPy nor ONNX Runtime is needed here: a command line can refuse a name 
 examined even where ONNX Runtime is broken.
 """
 
-import importlib.metadata
 import os
 import re
 import sys
@@ -81,11 +80,13 @@ def parse_device(name: str) -> Device | None:
 
 def installed_onnxruntimes() -> dict[str, str]:
     """The installed distributions that bring the import package `onnxruntime`, each with its version."""
+    from importlib import metadata  # asked where something is wrong
+
     found = {}
     for name in _DISTRIBUTIONS:
         try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             continue
     return found
 

@@ -1,6 +1,5 @@
 """The errors of caption-rt: what went wrong, in one sentence, with the exit code a command line ends with."""
 
-import unicodedata
 from typing import ClassVar
 
 __all__ = ["BundleError", "CaptionError", "EngineError", "ImageError", "OptionsError", "printable"]
@@ -49,6 +48,8 @@ def printable(name: object) -> str:
     text = str(name)
     if text.isprintable():
         return text
+    import unicodedata  # names are nearly always printable
+
     return "".join(
         char.encode("unicode_escape").decode("ascii") if unicodedata.category(char) in _BREAK_LINES else char
         for char in text

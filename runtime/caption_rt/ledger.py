@@ -5,7 +5,6 @@ with it, the output holds nothing that the ledger lacks, and what the output lac
 """
 
 import contextlib
-import hashlib
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 from caption_rt.errors import CaptionError, OptionsError, printable
 
-__all__ = ["DamagedLedger", "Ledger", "Row", "digest_of", "key_of"]
+__all__ = ["DamagedLedger", "Ledger", "Row", "key_of"]
 
 # SQLite's header (https://www.sqlite.org/fileformat.html, section 1.3): a magic string; at byte 68 whose file it is.
 _MAGIC = b"SQLite format 3\0"
@@ -284,11 +283,6 @@ class Ledger:
 def _row(values: tuple[Any, ...]) -> Row:
     key, digest, options, error, line, before, own = values
     return Row(key, digest, options, error, line, before, bool(own))
-
-
-def digest_of(data: bytes) -> bytes:
-    """The hash by which a photo's content, or a sidecar's, is known again: BLAKE2b (RFC 7693), 32 bytes."""
-    return hashlib.blake2b(data, digest_size=32).digest()
 
 
 def key_of(path: str, folder: Path) -> bytes:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from caption_rt.errors import CaptionError, OptionsError, printable
-from caption_rt.ledger import DamagedLedger, Ledger, Row, digest_of, key_of
-from caption_rt.outputs import Entry, Known, RunKey
+from caption_rt.ledger import DamagedLedger, Ledger, Row, key_of
+from caption_rt.outputs import Entry, Known, RunKey, digest_of
 from caption_rt.sources import Source
 from caption_rt.writers import LineWriter
 

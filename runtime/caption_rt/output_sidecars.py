@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from caption_rt.errors import CaptionError, printable
-from caption_rt.ledger import DamagedLedger, Ledger, Row, digest_of, key_of
-from caption_rt.outputs import Entry, Known, RunKey
+from caption_rt.ledger import DamagedLedger, Ledger, Row, key_of
+from caption_rt.outputs import Entry, Known, RunKey, digest_of
 from caption_rt.sidecars import namesakes, sidecar_bytes, sidecar_path
 from caption_rt.sources import Source
 

@@ -1,5 +1,6 @@
 """Where records go: what every kind of output has in common, and the one that only passes them on."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from caption_rt.errors import CaptionError
 from caption_rt.records import Record
 from caption_rt.sources import Source
 
-__all__ = ["EXISTING", "Entry", "Known", "Output", "RunKey", "StreamOutput"]
+__all__ = ["EXISTING", "Entry", "Known", "Output", "RunKey", "StreamOutput", "digest_of"]
 
 EXISTING = ("resume", "skip", "append", "overwrite")
 """What happens where there is an output already; see `FileOutput` and `SidecarOutput`."""
@@ -138,3 +139,8 @@ class StreamOutput:
     def close(self) -> None:
         """Close what the lines went to."""
         self._close()
+
+
+def digest_of(data: bytes) -> bytes:
+    """The hash by which a photo's content, or a sidecar's, is known again: BLAKE2b (RFC 7693), 32 bytes."""
+    return hashlib.blake2b(data, digest_size=32).digest()

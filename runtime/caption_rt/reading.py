@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from caption_rt.errors import ImageError
 from caption_rt.image import PhotoLimits, open_photo, read_file, to_pixels
-from caption_rt.ledger import digest_of
-from caption_rt.outputs import Entry, Known
+from caption_rt.outputs import Entry, Known, digest_of
 from caption_rt.records import Record
 from caption_rt.sources import Source
 

@@ -126,11 +126,17 @@ def load_captioner(given: Mapping[str, Any]) -> "Captioner":
     Raises:
         CaptionError: it cannot be loaded.
     """
-    # Imported late: --help and --version need neither NumPy nor ONNX Runtime.
-    from caption_rt.captioner import Captioner
+    from concurrent.futures import ThreadPoolExecutor
 
+    from caption_rt.bundle import Bundle, default_bundle_path
+
+    with ThreadPoolExecutor(1) as pool:
+        # The bundle's files are read and hashed while ONNX Runtime is loaded.
+        bundle = pool.submit(lambda: Bundle.open(default_bundle_path() if given["model"] is None else given["model"]))
+        # Imported late: --help and --version need neither NumPy nor ONNX Runtime.
+        from caption_rt.captioner import Captioner
     captioner = Captioner.load(
-        given["model"], given["device"], intra_op_threads=given["threads"], limits=_limits(given)
+        bundle.result(), given["device"], intra_op_threads=given["threads"], limits=_limits(given)
     )
     if captioner.fallback is not None:
         say(_NAME, f"note: {captioner.fallback}; the CPU is used")

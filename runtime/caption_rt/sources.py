@@ -3,10 +3,8 @@
 Everything here is a generator: of a folder, the names are held while it is gone through, and never all paths of a run.
 """
 
-import fnmatch
 import hashlib
 import os
-import select
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -209,6 +207,8 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def _matches(pattern: str, relative: str) -> bool:
+    import fnmatch
+
     pattern = pattern.rstrip("/").lower()
     if "/" in pattern:
         return fnmatch.fnmatchcase(relative.lower(), pattern.lstrip("/"))
@@ -255,6 +255,8 @@ def _names(head: bytes, stdin: BinaryIO, separator: bytes, stopped: Callable[[],
 def _read(stdin: BinaryIO, count: int, stopped: Callable[[], bool]) -> bytes:
     """What is there, rather than all that was asked for: a list may be made while it is read. Empty at its end."""
     if os.name == "posix":  # Windows waits for sockets alone
+        import select
+
         while not select.select([stdin.fileno()], [], [], _PATIENCE_S)[0]:
             if stopped():
                 return b""

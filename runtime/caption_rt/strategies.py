@@ -212,7 +212,7 @@ class Samples(_Photo):
         """The different captions that were drawn, best first; those that still live are cut."""
         return list({hypothesis.tokens: hypothesis for hypothesis in super().ranked()}.values())
 
-    def _draw(self, log_probs: NDArray[np.float64], stream: np.random.PCG64) -> int:
+    def _draw(self, log_probs: NDArray[np.float64], stream: "np.random.PCG64") -> int:
         """A token id by the distribution that temperature, top_k and top_p leave."""
         scaled = log_probs / self._options.temperature
         # Relative to the likeliest, so that no temperature overflows.

@@ -4,8 +4,6 @@ Every record is exactly one line, and nothing has to follow the last one: a file
 cut at the end of a line is whole. Formats of one file a photo stand in `caption_rt.sidecars`.
 """
 
-import csv
-import io
 import json
 import os
 from collections.abc import Callable
@@ -99,6 +97,9 @@ def _csv_line(record: Record) -> bytes:
 
 def _csv_row(values: tuple[str, ...]) -> bytes:
     # Quoted as RFC 4180 says. Its line ends, CR LF, would leave a CR in the last column of every other tool.
+    import csv
+    import io
+
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(values)
     return text.getvalue().encode()
@@ -124,7 +125,7 @@ def _row(record: Record) -> tuple[str, ...]:
 
 _WRITERS = {
     "jsonl": LineWriter(b"", _json_line),
-    "csv": LineWriter(_csv_row(_COLUMNS), _csv_line),
+    "csv": LineWriter((",".join(_COLUMNS) + "\n").encode(), _csv_line),
     "tsv": LineWriter(_tsv_row(_COLUMNS), _tsv_line),
     "text": LineWriter(b"", _text_line),
 }

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from caption_rt.errors import CaptionError, ImageError, OptionsError
-from caption_rt.ledger import DamagedLedger, Ledger, Row, digest_of, key_of
+from caption_rt.ledger import DamagedLedger, Ledger, Row, key_of
 from caption_rt.output_file import FileOutput, check_output
-from caption_rt.outputs import Entry, RunKey
+from caption_rt.outputs import Entry, RunKey, digest_of
 from caption_rt.records import Record
 from caption_rt.sources import Source
 from caption_rt.writers import LineWriter
