@@ -3,10 +3,10 @@
     python benchmarks/folders.py PHOTOS models/default /tmp/full-size --photos 200
 
 PHOTOS are made into two folders, one of 640x480 and one of 12 megapixels (JPEG, quality 92, a little noise, so that a
-file is not easier to decode than a camera's). Alternates, in one process: the extractor alone at its best batch size, on
-pixels; and whole runs over each folder, greedy, at most 12 words, without the guard (random weights give degenerate
-captions alone), to JSON lines with a ledger. Prints photos a second, the ratio to the bare extractor, and what reading
-one photo takes of one processor, which is what bounds large photos.
+file is not easier to decode than a camera's). Alternates, in one process: the extractor alone at its best batch size;
+and whole runs over each folder, greedy, at most 12 words, without the guard (random weights give degenerate captions
+alone), to JSON lines with a ledger. Prints photos a second, the ratio to the bare extractor, and what reading one photo
+takes of one processor, which is what bounds large photos.
 """
 
 import argparse
