@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ TESTS = Path(__file__).resolve().parent
 def shared_folder() -> Path:
     """The folder of shared data beside the checkout, or the one that CAPTION_RT_SHARED names."""
     return Path(os.environ.get("CAPTION_RT_SHARED") or TESTS.parent.parent / "shared")
+
+
+def pytest_configure() -> None:
+    # A shell without job control starts background commands with SIGINT ignored, and so would the tests' processes be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _missing(item: pytest.Item) -> str | None:

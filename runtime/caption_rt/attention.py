@@ -173,6 +173,9 @@ def _figure_class() -> "type[Figure]":
         from matplotlib.figure import Figure
     except ImportError as exc:
         raise OptionsError("plots need matplotlib, which is missing: pip install 'caption-rt[plot]' brings it") from exc
+    except ValueError as exc:  # what matplotlib says of the environment's MPLBACKEND
+        backend = printable(repr(os.environ.get("MPLBACKEND")))
+        raise OptionsError(f"matplotlib knows no backend MPLBACKEND={backend}: unset that variable") from exc
     return Figure
 
 

@@ -312,13 +312,14 @@ class Captioner:
 
     def _use_engine(self) -> Engine:
         """The engine of this process, built if it is not there yet."""
+        if self._closed:
+            raise EngineError("the captioner is closed: load another one")
         process = os.getpid()
         held = self._engine
         if held is None or held[0] != process:  # sessions do not outlive a fork
             held = self._engine = process, shared_engine(self._bundle, self._device, self._intra_op_threads)
-        if self._closed:
+        if self._closed:  # meanwhile, by another thread
             self._engine = None
-            raise EngineError("the captioner is closed: load another one")
         return held[1]
 
     def _read(self, image: ImageSource) -> tuple[NDArray[np.uint8], float]:

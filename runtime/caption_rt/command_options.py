@@ -227,7 +227,7 @@ _MACHINE: list[Callable[[Any], Any]] = _group(
     ),
     (
         ("--threads",),
-        {"type": click.IntRange(min=1), "metavar": "N", "help": "Threads of the network. Default: all it may use."},
+        {"type": click.IntRange(1, 1024), "metavar": "N", "help": "Threads of the network. Default: all it may use."},
     ),
     (
         ("--batch-size",),

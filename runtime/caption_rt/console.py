@@ -39,6 +39,10 @@ def run_command(
     """
     # Damaged metadata makes Pillow warn. What matters of it comes as an ImageError.
     warnings.filterwarnings("ignore", module="PIL")
+    for stream_name in ("stdout", "stderr"):
+        # A daemon may start with them closed: what would be printed is lost, and the work is done all the same.
+        if getattr(sys, stream_name) is None:
+            setattr(sys, stream_name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A name or word that the terminal's encoding lacks is printed as an escape rather than ending the run.
         if hasattr(stream, "reconfigure"):

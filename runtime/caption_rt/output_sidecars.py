@@ -85,7 +85,7 @@ class SidecarOutput:
             return None
         path = self._path_of(source)
         row = self._ledger.find(self._key_of(path))
-        there = path.exists()
+        there = os.path.exists(path)
         if there and (self._existing == "skip" or (row is None and self._existing == "resume")):
             return Known(left=True, unread=True)
         if row is None:

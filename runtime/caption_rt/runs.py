@@ -115,7 +115,9 @@ class Request:
         if not alone or self.kept or self.output is not None:
             raise click.UsageError(f"{option} takes one photo, and its caption goes to standard output")
         if self.given["plot"] is not None:
-            check_plot_path(self.given["plot"])
+            folder = check_plot_path(self.given["plot"]).parent
+            if not folder.is_dir():
+                raise OptionsError(f"the folder {printable(folder)} of the plot does not exist: make it first")
         if self.given["show"]:
             check_screen()
 

@@ -5,6 +5,7 @@ The text file is the convention of image-generation training sets: the caption a
 """
 
 import codecs
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -39,7 +40,7 @@ def sidecar_path(photo: Path, name: str, siblings: Collection[str]) -> Path:
     _check(name)
     whole = photo.with_name(f"{photo.name}.{name}")
     short = photo.with_name(f"{photo.stem}.{name}")
-    if name == "xmp" and whole.exists():
+    if name == "xmp" and os.path.exists(whole):
         return whole
     stem = photo.stem.casefold()
     for other in siblings:

@@ -11,6 +11,8 @@ __all__ = ["affinity", "default_threads", "physical_cores", "quota", "thread_cou
 
 _ROOT = Path("/")
 
+_MOST_THREADS = 1024
+
 
 def usable_cpus(root: Path = _ROOT) -> int:
     """How many processors this process may keep busy, at least 1: the least of its affinity and its CPU quota.
@@ -42,12 +44,13 @@ def thread_count(asked: int | None) -> int:
         asked: what the user wants; None for `default_threads`.
 
     Raises:
-        OptionsError: fewer than 1 thread.
+        OptionsError: fewer than 1 thread, or more than 1024.
     """
     if asked is None:
         return default_threads() if sys.platform == "linux" else 0
-    if asked < 1:
-        raise OptionsError(f"intra_op_threads must be at least 1, not {asked}")
+    # More than any machine's cores is a slip of the finger, and three sessions of so many threads bring it to a stop.
+    if not 1 <= asked <= _MOST_THREADS:
+        raise OptionsError(f"intra_op_threads must be from 1 to {_MOST_THREADS}, not {asked}")
     return asked
 
 

@@ -161,7 +161,7 @@ def test_a_terminal_without_unicode(run, photos, tmp_path):
         (["a.jpg", "--ban", "two words"], "banned_words holds 'two words', which is not one word"),
         (["a.jpg", "--min-words", "5", "--max-words", "3"], "min_words must be a whole number from 0 to 3, not 5"),
         (["a.jpg", "--device", "gpu"], "the device is one of auto, cpu, cuda, cuda:N, not 'gpu'"),
-        (["a.jpg", "--threads", "0"], "0 is not in the range x>=1"),
+        (["a.jpg", "--threads", "0"], "0 is not in the range 1<=x<=1024"),
         (["a.jpg", "--max-bytes", "much"], "'much' is not a number such as 300M"),
         (["a.jpg", "--max-pixels", "0"], "max_pixels must be a whole number from 1 to 4294967296, not 0"),
         (["a.jpg", "--shard", "3/2"], "a shard is 1/8 to 8/8, say, not 3/2"),

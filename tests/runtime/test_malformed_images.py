@@ -25,7 +25,8 @@ with warnings.catch_warnings(record=True, action="always") as leaked:
         except ImageError as exc:
             result = str(exc)
         found.append([path, result, time.perf_counter() - start])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not ru_maxrss, which a child inherits from the process that forked it.
+peak = next((int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')), 0)
 print(json.dumps({"found": found, "warnings": [str(w.message) for w in leaked], "peak_kb": peak}))
 """
 

@@ -109,7 +109,8 @@ def test_a_tree_deeper_than_pythons_stack(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="root can become another user")
 def test_a_folder_that_may_not_be_looked_into_is_one_source_with_an_error():
-    with tempfile.TemporaryDirectory() as folder:
+    # Where another user may look: TMPDIR may be root's own.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         tree = Path(folder)
         tree.chmod(0o755)
         for name in ("a", "locked", "z"):
