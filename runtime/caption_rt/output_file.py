@@ -85,6 +85,11 @@ class FileOutput:
         self._file = -1
         try:
             self._take_up(format_name)
+            if self._fact("base") and not os.path.exists(self._path):
+                raise OptionsError(
+                    f"the output {self._name} is gone, and with it what others had written there before caption-rt "
+                    "added to it: put it back, choose another, or --existing overwrite"
+                )
             self._open_file()
             self._complete_file()
         except BaseException:

@@ -121,6 +121,21 @@ def test_what_is_there_already(run, photos, tmp_path, name):
     assert "was changed since caption-rt wrote it: choose another, or --existing append" in complaints(done)[0]
 
 
+def test_an_output_that_was_added_to_and_is_gone(run, photos, tmp_path):
+    """What others had written cannot be written again from the ledger, and a refusal leaves no empty file."""
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(b'{"mine": 1}\n')
+    assert run(photos[0], "-o", out, "--existing", "append").returncode == 0
+    out.unlink()
+    for _ in range(2):
+        done = run(photos[0], "-o", out)
+        assert done.returncode == 2
+        assert complaints(done)[0].startswith(f"the output {out} is gone, and with it what others had written there")
+        assert not out.exists()
+    assert run(photos[0], "-o", out, "--existing", "overwrite").returncode == 0
+    assert len(records(out.read_text())) == 1
+
+
 def test_changed_and_deleted_photos(run, photos, tmp_path):
     (tmp_path / "p").mkdir()
     for name, photo in zip("abc", photos, strict=True):

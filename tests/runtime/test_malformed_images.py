@@ -10,7 +10,7 @@ from runtime.make_malformed_images import NOT_PHOTOS, make
 
 # Reads in a process of its own, where a crash shows as its exit code and what libraries print shows as well.
 READER = """
-import json, logging, resource, sys, time, warnings
+import json, logging, sys, time, warnings
 from caption_rt.errors import ImageError
 from caption_rt.image import read_photo
 
