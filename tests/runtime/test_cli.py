@@ -260,8 +260,8 @@ def test_a_plot(run, photos, tmp_path):
         assert plot.width > plot.height > 300
     assert os.listdir(tmp_path) == ["attention.png"]
     done = run(photos[1], "--plot", "missing/attention.png")
-    assert (done.returncode, done.stdout) == (1, "on cat\n")
-    assert complaints(done) == ["the plot missing/attention.png cannot be written: No such file or directory"]
+    assert (done.returncode, done.stdout) == (2, "")
+    assert complaints(done) == ["the folder missing of the plot does not exist: make it first"]
     done = run("none.jpg", "--plot", "none.png")
     assert done.returncode == 4
     assert not (tmp_path / "none.png").exists()

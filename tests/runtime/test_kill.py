@@ -193,7 +193,8 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
         # A server that never answers: without the second signal the run would wait for it.
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/photo.jpg"
         process = started(*photos, address, "-o", out, "--batch-size", "2")
-        wait_for(lambda: out.exists() and len(out.read_bytes().splitlines()) == 4, process)
+        # The second batch may be waiting for what comes after it.
+        wait_for(lambda: out.exists() and len(out.read_bytes().splitlines()) >= 2, process)
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "caption-rt: the photos in hand are finished; once more ends at once\n"
         process.send_signal(signal.SIGTERM)
