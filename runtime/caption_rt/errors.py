@@ -1,11 +1,39 @@
 """The errors of caption-rt: what went wrong, in one sentence, with the exit code a command line ends with."""
 
-from typing import ClassVar
+import errno
+from collections.abc import Mapping
+from typing import ClassVar, TypeVar
 
-__all__ = ["BundleError", "CaptionError", "EngineError", "ImageError", "OptionsError", "printable"]
+__all__ = [
+    "BundleError",
+    "CaptionError",
+    "EngineError",
+    "ImageError",
+    "OptionsError",
+    "Parameter",
+    "printable",
+    "remedy_of",
+    "shown",
+]
+
+E = TypeVar("E", bound="CaptionError")
 
 # Control characters, line and paragraph separators, and the lone surrogates that stand for undecodable bytes of a name.
 _BREAK_LINES = frozenset({"Cc", "Zl", "Zp", "Cs"})
+
+
+# Longer names are shortened in sentences: a path has at most 4096 bytes on Linux, and what is no path may have any number.
+_LONGEST_NAME = 300
+
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room on the disk"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change the permissions of its folder, or choose a place elsewhere"),
+    errno.EROFS: "nothing can be written there, so choose a place elsewhere",
+}
+
+
+class Parameter(str):
+    """The name of one of our parameters within the text of an error; a command line says its option there."""
 
 
 class CaptionError(Exception):
@@ -13,6 +41,34 @@ class CaptionError(Exception):
 
     exit_code: ClassVar[int] = 1
     """What a command line that ends with this error gives back to the shell."""
+
+    def __init__(self, *text: str, reason: str = "") -> None:
+        """Take the sentence.
+
+        Args:
+            text: the sentence, in pieces where some of them are a `Parameter`.
+            reason: what is wrong, without what differs from one photo to the next (its name, numbers): by it a run over
+                many photos counts what went wrong. Goes on from "it", as in "is empty".
+        """
+        super().__init__(*text)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """The sentence."""
+        return "".join(map(str, self.args))
+
+    def renamed(self: E, names: Mapping[str, str]) -> E:
+        """The error as a command line says it.
+
+        Args:
+            names: what is said in place of each parameter.
+        """
+        if not any(isinstance(piece, Parameter) for piece in self.args):
+            return self
+        text = (names.get(piece, piece) if isinstance(piece, Parameter) else str(piece) for piece in self.args)
+        other = type(self)(*text, reason=self.reason)
+        other.__cause__ = self.__cause__
+        return other
 
 
 class OptionsError(CaptionError, ValueError):
@@ -54,3 +110,17 @@ def printable(name: object) -> str:
         char.encode("unicode_escape").decode("ascii") if unicodedata.category(char) in _BREAK_LINES else char
         for char in text
     )
+
+
+def shown(name: object) -> str:
+    """A name for a sentence: `printable`, and shortened in the middle where it is very long."""
+    text = printable(name)
+    if len(text) <= _LONGEST_NAME:
+        return text
+    half = (_LONGEST_NAME - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def remedy_of(exc: OSError) -> str:
+    """What can be done about a file that cannot be written, as the end of a sentence."""
+    return _REMEDIES.get(exc.errno or 0, "mend that")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from caption_rt.errors import OptionsError, printable
+from caption_rt.errors import OptionsError, Parameter, printable
 from caption_rt.vocabulary import normalize_caption
 
 __all__ = ["DecodeOptions", "Strategy"]
@@ -68,10 +68,11 @@ class DecodeOptions:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        self._check_integer("beam_size", 1, _MOST)
-        self._check_integer("max_words", 1, _MOST)
+        # What a command line derives the others from comes first.
         self._check_integer("n_best", 1, _MOST)
-        self._check_integer("min_words", 0, self.max_words)
+        self._check_integer("beam_size", 1, _MOST)
+        self._check_integer("min_words", 0, _MOST)
+        self._check_integer("max_words", 1, _MOST)
         self._check_integer("no_repeat_ngram", 0, _MOST)
         self._check_integer("top_k", 0, 2**31)
         self._check_integer("seed", 0, _LARGEST_SEED)
@@ -80,11 +81,18 @@ class DecodeOptions:
         self._check_number("top_p", "above 0 and at most 1", lambda value: 0 < value <= 1)
         for name in ("sample", "allow_unk", "guard"):
             if not isinstance(getattr(self, name), bool):
-                raise OptionsError(f"{name} must be True or False, not {getattr(self, name)!r}")
+                raise OptionsError(Parameter(name), f" must be True or False, not {getattr(self, name)!r}")
         if self.sample and self.beam_size != 1:
-            raise OptionsError(f"sampling keeps no beam: beam_size must be 1, not {self.beam_size}")
+            raise OptionsError("sampling keeps no beam: ", Parameter("beam_size"), f" must be 1, not {self.beam_size}")
         if not self.sample and self.n_best > self.beam_size:
-            raise OptionsError(f"a beam of {self.beam_size} has no {self.n_best} best captions: raise beam_size")
+            raise OptionsError(
+                f"a beam of {self.beam_size} has no {self.n_best} best captions: raise ", Parameter("beam_size")
+            )
+        if self.min_words > self.max_words:
+            raise OptionsError(
+                f"a caption of at least {self.min_words} words cannot have at most {self.max_words}: lower ",
+                *(Parameter("min_words"), " or raise ", Parameter("max_words")),
+            )
         object.__setattr__(self, "banned_words", _single_words(self.banned_words))
 
     @property
@@ -97,22 +105,22 @@ class DecodeOptions:
     def _check_integer(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise OptionsError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
+            raise OptionsError(Parameter(name), f" must be a whole number from {least} to {most}, not {value!r}")
 
     def _check_number(self, name: str, range_: str, fits: Callable[[float], bool]) -> None:
         value = getattr(self, name)
         if not isinstance(value, int | float) or isinstance(value, bool) or not fits(value):
-            raise OptionsError(f"{name} must be a number {range_}, not {value!r}")
+            raise OptionsError(Parameter(name), f" must be a number {range_}, not {value!r}")
 
 
 def _single_words(words: Iterable[str]) -> tuple[str, ...]:
     """The words as the vocabulary has them, each once, in alphabetical order: equal options are equal values."""
     if isinstance(words, str):  # whose letters would be taken as words
-        raise OptionsError(f"banned_words takes several words: give a list, not {printable(words)!r}")
+        raise OptionsError(Parameter("banned_words"), f" takes several words: give a list, not {printable(words)!r}")
     found = set()
     for word in words:
         normal = normalize_caption(word) if isinstance(word, str) else []
         if len(normal) != 1:
-            raise OptionsError(f"banned_words holds {printable(repr(word))}, which is not one word")
+            raise OptionsError(Parameter("banned_words"), f" takes words, and {printable(repr(word))} is not one word")
         found.update(normal)
     return tuple(sorted(found))

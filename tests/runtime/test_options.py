@@ -14,7 +14,11 @@ from caption_rt.options import DecodeOptions
         ({"beam_size": 2.0}, "not 2.0"),
         ({"beam_size": True}, "not True"),
         ({"max_words": -1}, "max_words must be a whole number from 1 to 1000, not -1"),
-        ({"min_words": 21}, "min_words must be a whole number from 0 to 20, not 21"),
+        ({"min_words": 1001}, "min_words must be a whole number from 0 to 1000, not 1001"),
+        (
+            {"min_words": 21},
+            "a caption of at least 21 words cannot have at most 20: lower min_words or raise max_words",
+        ),
         ({"n_best": 0, "beam_size": 3}, "n_best must be a whole number from 1 to 1000, not 0"),
         ({"n_best": 4, "beam_size": 3}, "a beam of 3 has no 4 best captions: raise beam_size"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram must be a whole number from 0 to 1000, not -1"),
@@ -31,9 +35,9 @@ from caption_rt.options import DecodeOptions
         ({"guard": None}, "guard must be True or False, not None"),
         ({"sample": True, "beam_size": 3}, "sampling keeps no beam: beam_size must be 1, not 3"),
         ({"banned_words": "cat"}, "banned_words takes several words: give a list, not 'cat'"),
-        ({"banned_words": ["a cat"]}, "banned_words holds 'a cat', which is not one word"),
-        ({"banned_words": [""]}, "which is not one word"),
-        ({"banned_words": [7]}, "banned_words holds 7, which is not one word"),
+        ({"banned_words": ["a cat"]}, "banned_words takes words, and 'a cat' is not one word"),
+        ({"banned_words": [""]}, "'' is not one word"),
+        ({"banned_words": [7]}, "banned_words takes words, and 7 is not one word"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, message):
