@@ -9,7 +9,7 @@ words, P places, C channels, E features, A attention units, U GRU units, V words
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import keras
 import numpy as np
@@ -55,6 +55,19 @@ class ModelConfig:
             raise OptionsError(f"model: recurrence must be 'carry' or 'reset', not {self.recurrence!r}")
         if not 0 <= self.dropout < 1:
             raise OptionsError(f"model: dropout must lie in [0, 1), not {self.dropout}")
+
+
+class Taught(NamedTuple):
+    """What teacher forcing gives for m captions of N words together; padding is no word, ``<end>`` is one."""
+
+    logits: tf.Tensor
+    """float32 [N, V]: the first word of all captions, then the second one, and so on."""
+    targets: tf.Tensor
+    """The words that are to be predicted, int64 [N]."""
+    captions: tf.Tensor
+    """Which of the m captions each word is of, int32 [N]."""
+    attention: tf.Tensor
+    """Sum of each caption's attention over its words, float32 [m, P]."""
 
 
 class BahdanauAttention(keras.layers.Layer):
@@ -235,6 +248,21 @@ class CaptionModel(keras.Model):
         """
         features, keys, state = self.encode(grid)
         return self.decoder(tokens, state, features, keys, seed=seed)
+
+
+    def teach(
+        self, grid: tf.Tensor, photos: tf.Tensor, tokens: tf.Tensor, *, pad_id: int, seed: tf.Tensor | None = None
+    ) -> Taught:
+        """Teacher forcing over a batch of captions of different lengths; padding costs nothing.
+
+        Args:
+            grid: Of a floating type, [n, P, C].
+            photos: Which of the n photos each caption is of, int32 [m].
+            tokens: ``<start>``, words, ``<end>``, padding: int64 [m, T], the longest caption first.
+            pad_id: Token id of the padding.
+            seed: int32 [2] of the dropout; None for no dropout.
+        """
+        raise NotImplementedError
 
 
 class TensorFlowStepper:
