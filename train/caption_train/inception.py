@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -28,6 +29,8 @@ from caption_rt.errors import OptionsError
 from caption_train.checkpoints import tensorflow_errors
 from caption_train.errors import TrainingError, first_line
 from caption_train.files import write_json
+
+logger = logging.getLogger(__name__)
 
 BLOCKS = tuple(f"mixed{i}" for i in range(11))
 """Names of the outputs that a grid may be taken from, first to last."""
@@ -161,6 +164,27 @@ _MIXED: tuple[tuple[_Chain, ...], ...] = (
 )
 
 
+def block_before(block: str) -> str:
+    """The block whose output is another one's whole input.
+
+    Raises:
+        OptionsError: There is none before it, or no such block.
+    """
+    if block not in BLOCKS[1:]:
+        raise OptionsError(f"extractor: trainable_from must be one of {', '.join(BLOCKS[1:])}, not {block!r}")
+    return BLOCKS[BLOCKS.index(block) - 1]
+
+
+def convolutions_below(block: str) -> int:
+    """How many convolutions come before a block in the order of creation: the number of the block's first one."""
+
+    def count(steps: _Chain) -> int:
+        return sum(len(step.arms) if isinstance(step, _Fork) else isinstance(step, _Conv) for step in steps)
+
+    below = _MIXED[: BLOCKS.index(block)]
+    return count(_STEM) + sum(count(branch) for branches in below for branch in branches)
+
+
 def scaled_filters(filters: int, width: float) -> int:
     """Filters of a convolution at a width: the nearest multiple of 8 (which vector units like), at least 8."""
     return max(8, int(filters * width + 4) // 8 * 8)
@@ -271,22 +295,29 @@ def copy_weights(source: keras.Model, target: keras.Model) -> None:
                 ) from exc
 
 
-def load_folded_npz(model: keras.Model, path: Path) -> None:
+def load_folded_npz(model: keras.Model, path: Path, *, learnt_from: str | None = None) -> None:
     """Load the 2015 InceptionV3 whose batch normalisation is folded into float16 kernels and biases.
 
     The file holds ``LAYER/kernel`` [kh, kw, in, out] and ``LAYER/bias`` [out]; ``layers.json`` beside it lists the
     layers in Keras' order. The normalisation becomes the bias alone: beta = bias, mean 0, variance 1 - epsilon.
+
+    Args:
+        model: The extractor.
+        path: The ``.npz``.
+        learnt_from: From this block on a kernel may be missing in the file: it keeps its random values, and is learnt.
 
     Raises:
         TrainingError: The file cannot be read, a kernel that the network needs is missing, or a shape differs.
     """
     listing = path.with_name("layers.json")
     layers = list(_convolutions(model))
+    needed = len(layers) if learnt_from is None else convolutions_below(learnt_from)
     try:
         names = [str(row[0]) for row in json.loads(listing.read_text(encoding="utf-8"))]
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             for index, (convolution, norm) in enumerate(layers):
-                _set_folded(convolution, norm, arrays, names[index] if index < len(names) else f"layer {index}", path)
+                name = names[index] if index < len(names) else f"layer {index}"
+                _set_folded(convolution, norm, arrays, name, path, needed=index < needed)
     # What NumPy stumbles over in a file that is no .npz depends on the file's first bytes.
     except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, zipfile.BadZipFile) as exc:
         raise TrainingError(
@@ -300,13 +331,20 @@ def _set_folded(
     arrays: Mapping[str, NDArray[np.float16]],
     name: str,
     path: Path,
+    *,
+    needed: bool,
 ) -> None:
     """One layer of `load_folded_npz`."""
-    if f"{name}/kernel" not in arrays:
+    if f"{name}/kernel" in arrays:
+        kernel = arrays[f"{name}/kernel"].astype(np.float32)
+    elif needed:
         raise TrainingError(
-            f"{path} has no kernel for {name} ({convolution.name}): take the grid from an earlier block, such as mixed8"
+            f"{path} has no kernel for {name} ({convolution.name}): take the grid from an earlier block, such as "
+            "mixed8, or have it learnt (setting trainable_from of the extractor)"
         )
-    kernel = arrays[f"{name}/kernel"].astype(np.float32)
+    else:
+        logger.info("%s has no kernel for %s: it starts at random and is learnt", path.name, name)
+        kernel = np.asarray(convolution.kernel)
     bias = arrays[f"{name}/bias"].astype(np.float32)
     if kernel.shape != tuple(convolution.kernel.shape) or bias.shape != kernel.shape[3:]:
         raise TrainingError(
@@ -317,7 +355,7 @@ def _set_folded(
     norm.set_weights([bias, np.zeros_like(bias), np.full_like(bias, 1 - _BATCH_NORM_EPSILON)])
 
 
-def load_extractor_weights(model: keras.Model, weights: str) -> str:
+def load_extractor_weights(model: keras.Model, weights: str, *, learnt_from: str | None = None) -> str:
     """Fill an extractor from ``imagenet``, ``none`` or a file.
 
     Args:
@@ -325,6 +363,7 @@ def load_extractor_weights(model: keras.Model, weights: str) -> str:
         weights: ``imagenet`` (Keras downloads them; width 1.0 only), ``none`` (random initialisation stays), or a
             path: ``.weights.h5`` of this extractor, another ``.h5`` of Keras' InceptionV3 without top (the very file
             that Keras downloads; width 1.0 only), or ``.npz`` as `load_folded_npz` reads it.
+        learnt_from: See `load_folded_npz`.
 
     Returns:
         A key that changes whenever the weights do, for caches: SHA-256 of the weights.
@@ -339,7 +378,7 @@ def load_extractor_weights(model: keras.Model, weights: str) -> str:
         if not path.is_file():
             raise TrainingError(f"extractor weights {path} do not exist: give a file, 'imagenet' or 'none'")
         if path.suffix == ".npz":
-            load_folded_npz(model, path)
+            load_folded_npz(model, path, learnt_from=learnt_from)
         elif path.name.endswith(".weights.h5"):
             _load_own(model, path)
         elif path.suffix == ".h5":
