@@ -54,6 +54,9 @@ _CUDA_OPTIONS = {
 }
 # Devices on which tensors stay from graph to graph. On the CPU this gains nothing; tests add it, to run the same code.
 _BOUND_TYPES = frozenset({"cuda"})
+# Photos that go through the extractor together on a CPU. More are no faster and take memory: of InceptionV3 at 299 pixels
+# 16 at once 850 MiB, 4 at a time 510 (benchmarks/memory.py shows a whole run).
+_CPU_PHOTOS = 4
 _DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
@@ -213,7 +216,8 @@ class Engine:
         """
         graphs = self._loaded()
         if graphs.gather is None:
-            return cast(NDArray[np.float32], graphs.extractor.run(images)[0])
+            starts = range(0, len(images), _CPU_PHOTOS)
+            return np.concatenate([graphs.extractor.run(images[start : start + _CPU_PHOTOS])[0] for start in starts])
         values = graphs.extractor.run_bound(padded(images))
         grid = DeviceRows(values["grid"], graphs.gather)
         return grid if len(grid) == len(images) else grid[np.arange(len(images))]
