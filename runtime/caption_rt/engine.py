@@ -4,7 +4,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +54,8 @@ _CUDA_OPTIONS = {
 }
 # Devices on which tensors stay from graph to graph. On the CPU this gains nothing; tests add it, to run the same code.
 _BOUND_TYPES = frozenset({"cuda"})
-# Photos that go through the extractor together on a CPU. More are no faster and take memory: of InceptionV3 at 299 pixels
-# 16 at once 850 MiB, 4 at a time 510 (benchmarks/memory.py shows a whole run).
+# Photos that go through the extractor together on a CPU. More are no faster and take memory: InceptionV3 at 299 pixels
+# has 850 MiB with 16 at once, 510 with 4 at a time.
 _CPU_PHOTOS = 4
 _DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(int64)": "int64"}
 
