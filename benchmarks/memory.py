@@ -1,8 +1,8 @@
 """Peak memory of a folder run of many photos against one of few.
 
-    python benchmarks/memory.py PHOTOS --few 500 --many 10000
+    python benchmarks/memory.py PHOTOS... --few 500 --many 10000
 
-Links to the photos below PHOTOS, as many times as it takes, are made into two folders, and `caption-rt FOLDER -o FILE`
+Links to the photos below the folders PHOTOS, as many times as it takes, are made into two folders, and `caption-rt FOLDER -o FILE`
 is run over each, in turns. Prints the peak resident memory of each process and the ratio of the medians.
 """
 
@@ -27,9 +27,9 @@ def make_folder(originals, folder, count):
     return folder
 
 
-def peak_mib(folder, output, options):
+def peak_mib(folder, output):
     """The peak resident memory of a run over a folder, in MiB."""
-    command = [sys.executable, "-m", "caption_rt", str(folder), "-o", str(output), *options]
+    command = [sys.executable, "-m", "caption_rt", str(folder), "-o", str(output)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         said = process.stderr.read()
         # Not getrusage(RUSAGE_CHILDREN), which has the largest of all children so far.
@@ -45,21 +45,22 @@ def peak_mib(folder, output, options):
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", type=Path)
+    parser.add_argument("photos", type=Path, nargs="+")
     parser.add_argument("--few", type=int, default=500)
     parser.add_argument("--many", type=int, default=10_000)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("options", nargs="*", help="options of caption-rt, after --")
     arguments = parser.parse_args()
-    originals = sorted(p.resolve() for p in arguments.photos.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES)
+    originals = [
+        p.resolve() for top in arguments.photos for p in sorted(top.rglob("*")) if p.suffix.lower() in PHOTO_SUFFIXES
+    ]
     if not originals:
-        parser.error(f"there is no photo in {arguments.photos}")
+        parser.error(f"there is no photo in {', '.join(map(str, arguments.photos))}")
     peaks = {arguments.few: [], arguments.many: []}
     with tempfile.TemporaryDirectory() as scratch:
         folders = {count: make_folder(originals, Path(scratch, str(count)), count) for count in peaks}
         for run in range(arguments.runs):
             for count, folder in folders.items():
-                peak, lines = peak_mib(folder, Path(scratch, f"{count}-{run}.jsonl"), arguments.options)
+                peak, lines = peak_mib(folder, Path(scratch, f"{count}-{run}.jsonl"))
                 if lines != count:
                     sys.exit(f"{lines} records of {count} photos")
                 peaks[count].append(peak)
