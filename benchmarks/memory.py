@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py PHOTOS... --few 500 --many 10000
 
-Links to the photos below the folders PHOTOS, as many times as it takes, are made into two folders, and `caption-rt FOLDER -o FILE`
-is run over each, in turns. Prints the peak resident memory of each process and the ratio of the medians.
+Links to the photos below the folders PHOTOS, as many times as it takes, are made into two folders, and
+`caption-rt FOLDER -o FILE` is run over each, in turns. Prints the peak resident memory of each process and the ratio of
+the medians.
 """
 
 import argparse
