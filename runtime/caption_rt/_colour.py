@@ -53,7 +53,10 @@ def to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
 def _flat(image: Image.Image, name: str) -> Image.Image:
     """Of mode RGB, L, CMYK or LAB: 8 bits, no palette, nothing transparent."""
     if image.mode == "F":
-        raise ImageError(f"{name} holds floating-point values without a stated range: convert it to 8 bits a channel")
+        raise ImageError(
+            f"{name} holds floating-point values without a stated range: convert it to 8 bits a channel",
+            reason="holds floating-point values",
+        )
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion cuts off at 255 rather than scaling 16 bits to 8.
         grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8

@@ -22,7 +22,7 @@ E = TypeVar("E", bound="CaptionError")
 _BREAK_LINES = frozenset({"Cc", "Zl", "Zp", "Cs"})
 
 
-# Longer names are shortened in sentences: a path has at most 4096 bytes on Linux, and what is no path may have any number.
+# Longer names are shortened in sentences: on Linux a path has at most 4096 bytes, and what is no path any number.
 _LONGEST_NAME = 300
 
 _REMEDIES = {

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
+from caption_rt._amounts import byte_counts, pixel_counts
 from caption_rt._colour import to_srgb
 from caption_rt._containers import Parts, is_cut_short, orientation_of, scans, take_apart
 from caption_rt._sniff import other_kind, photo_kind
-from caption_rt.errors import ImageError, OptionsError, printable
+from caption_rt.errors import ImageError, OptionsError, Parameter, printable, shown
 
 __all__ = [
     "FORMATS",
@@ -94,7 +95,7 @@ class PhotoLimits:
         """Check the ranges."""
         for name, value, most in (("max_pixels", self.max_pixels, 2**32), ("max_bytes", self.max_bytes, 2**40)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise OptionsError(f"{name} must be a whole number from 1 to {most}, not {value!r}")
+                raise OptionsError(Parameter(name), f" must be a whole number from 1 to {most}, not {value!r}")
 
 
 _LIMITS = PhotoLimits()
@@ -160,7 +161,7 @@ def open_photo(
         ImageError: the photo is missing, empty, damaged, of an unknown format, too large, or no photo at all.
     """
     if isinstance(source, Image.Image):
-        return _from_pil(source, limits, "the PIL image" if name is None else printable(name))
+        return _from_pil(source, limits, "the PIL image" if name is None else shown(name))
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, str | os.PathLike):
@@ -169,7 +170,8 @@ def open_photo(
     if isinstance(source, bytes | bytearray | memoryview):
         return _from_bytes(bytes(source), at_least, limits, name)
     raise ImageError(
-        f"a photo is a path, bytes, a PIL image or a uint8 array, and {type(source).__name__} is none of them"
+        f"a photo is a path, bytes, a PIL image or a uint8 array, and {type(source).__name__} is none of them",
+        reason="is no photo",
     )
 
 
@@ -188,15 +190,15 @@ def read_file(path: str | os.PathLike[str], limits: PhotoLimits = _LIMITS) -> by
     """
     path = os.fspath(path)
     if not path:  # which the file system would take as the folder we are in
-        raise ImageError("the path of a photo is empty: name an image file")
-    name = printable(path)
+        raise ImageError("the path of a photo is empty: name an image file", reason="has an empty path")
+    name = shown(path)
     try:
         mode = Path(path).stat()
         if stat.S_ISDIR(mode.st_mode):
-            raise ImageError(f"{name} is a folder: name the photos in it")
+            raise ImageError(f"{name} is a folder: name the photos in it", reason="is a folder")
         # Opening a named pipe would wait for ever, and a device has no end.
         if not stat.S_ISREG(mode.st_mode):
-            raise ImageError(f"{name} is not a regular file: name an image file")
+            raise ImageError(f"{name} is not a regular file: name an image file", reason="is not a regular file")
         _check_bytes(mode.st_size, limits, name)
         with Path(path).open("rb") as file:
             # No more than that, because a file may grow meanwhile.
@@ -206,17 +208,20 @@ def read_file(path: str | os.PathLike[str], limits: PhotoLimits = _LIMITS) -> by
     except ImageError:
         raise
     except FileNotFoundError as exc:
-        raise ImageError(f"{name} does not exist: check the path") from exc
+        raise ImageError(f"{name} does not exist: check the path", reason="does not exist") from exc
     except PermissionError as exc:
-        raise ImageError(f"{name} may not be read: check its permissions") from exc
+        raise ImageError(f"{name} may not be read: check its permissions", reason="may not be read") from exc
     except OSError as exc:
-        raise ImageError(f"{name} cannot be read: {printable(exc.strerror or exc)}") from exc
-    except ValueError as exc:  # a path with a zero byte in it
-        raise ImageError(f"{name} is not a valid path: {printable(exc)}") from exc
+        why = f"cannot be read ({printable(exc.strerror or exc)})"
+        raise ImageError(f"{name} {why}: check the path and its disk", reason=why) from exc
+    except ValueError as exc:
+        raise ImageError(
+            f"{name} is no path: none has a zero byte in it, or what cannot be encoded", reason="is no path"
+        ) from exc
 
 
 def _from_bytes(data: bytes, at_least: int | None, limits: PhotoLimits, path: str | None) -> Image.Image:
-    name = "the image data" if path is None else printable(path)
+    name = "the image data" if path is None else shown(path)
     _check_bytes(len(data), limits, name)
     kind = photo_kind(data)
     if kind is None:
@@ -226,7 +231,9 @@ def _from_bytes(data: bytes, at_least: int | None, limits: PhotoLimits, path: st
         if parts.size is not None:
             _check_pixels(parts.size, limits, name, len(data))
         if kind == "JPEG" and (count := scans(parts.data)) > _MOST_SCANS:
-            raise ImageError(f"{name} has {count} scans, and a JPEG photo has about ten: save it anew")
+            raise ImageError(
+                f"{name} has {count} scans, and a JPEG photo has about ten: save it anew", reason="has too many scans"
+            )
         with _opened(kind, parts, limits, name) as image:
             if at_least is not None:
                 # Only Pillow's JPEG decoder does anything here; it never goes below the size asked for.
@@ -237,11 +244,15 @@ def _from_bytes(data: bytes, at_least: int | None, limits: PhotoLimits, path: st
     except ImageError:
         raise
     except MemoryError as exc:
-        raise ImageError(f"{name} needs more memory than there is: scale it down first") from exc
+        raise ImageError(
+            f"{name} needs more memory than there is: scale it down first", reason="needs more memory than there is"
+        ) from exc
     # A decoder may meet any kind of damage with any kind of exception; whatever it is, this photo cannot be read.
     except Exception as exc:
-        how = "cut short" if "truncated" in str(exc).lower() or is_cut_short(kind, data) else "damaged"
-        raise ImageError(f"{name} is {how} ({_words(exc)}): copy it again from its source") from exc
+        # What it says of its insides helps nobody who only has the file; it stays as the cause.
+        _log.info("%s: %s: %s", name, type(exc).__name__, exc)
+        how = "is cut short" if "truncated" in str(exc).lower() or is_cut_short(kind, data) else "is damaged"
+        raise ImageError(f"{name} {how}: copy it again from its source", reason=how) from exc
 
 
 class _InPieces(io.BytesIO):
@@ -265,7 +276,10 @@ def _opened(kind: str, parts: Parts, limits: PhotoLimits, name: str) -> Image.Im
     module_name, class_name = _PLUGINS[kind]
     module = importlib.import_module(module_name) if kind in FORMATS else None
     if module is None or not getattr(module, "SUPPORTED", True):
-        raise ImageError(f"{name} is an {kind} photo, which this Pillow cannot read: pip install -U Pillow brings it")
+        raise ImageError(
+            f"{name} is an {kind} photo, which this Pillow cannot read: pip install -U Pillow brings it",
+            reason=f"is an {kind} photo, which this Pillow cannot read",
+        )
     image: ImageFile.ImageFile = getattr(module, class_name)((_InPieces if kind == "WEBP" else io.BytesIO)(parts.data))
     _check_pixels(image.size, limits, name, len(parts.data))
     if kind == "TIFF":
@@ -279,7 +293,10 @@ def _heif_library(name: str) -> ModuleType:
     try:
         return importlib.import_module("pillow_heif")
     except ImportError as exc:
-        raise ImageError(f"{name} is a HEIC photo: pip install 'caption-rt[heif]' brings what reads it") from exc
+        raise ImageError(
+            f"{name} is a HEIC photo: pip install 'caption-rt[heif]' brings what reads it",
+            reason="is a HEIC photo, which needs the extra heif",
+        ) from exc
 
 
 def _from_pil(image: Image.Image, limits: PhotoLimits, name: str) -> Image.Image:
@@ -290,7 +307,10 @@ def _from_pil(image: Image.Image, limits: PhotoLimits, name: str) -> Image.Image
     except ImageError:
         raise
     except Exception as exc:  # as in _from_bytes
-        raise ImageError(f"{name} is cut short or damaged ({_words(exc)}): open it again from its source") from exc
+        _log.info("%s: %s: %s", name, type(exc).__name__, exc)
+        raise ImageError(
+            f"{name} is cut short or damaged: open it again from its source", reason="is cut short or damaged"
+        ) from exc
 
 
 def _orientation(image: Image.Image, parts: Parts | None, name: str) -> int | None:
@@ -313,20 +333,23 @@ def _upright(image: Image.Image, orientation: int | None) -> Image.Image:
 def _from_array(array: NDArray[np.uint8]) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         raise ImageError(
-            f"an image array is uint8 [height, width, 3] or [height, width], not {array.dtype} {list(array.shape)}"
+            f"an image array is uint8 [height, width, 3] or [height, width], not {array.dtype} {list(array.shape)}",
+            reason="is no photo",
         )
     if array.size == 0:
-        raise ImageError(f"the image array is empty: its shape is {list(array.shape)}")
+        raise ImageError(f"the image array is empty: its shape is {list(array.shape)}", reason="is empty")
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
 def _check_bytes(count: int, limits: PhotoLimits, name: str) -> None:
     if count == 0:
-        raise ImageError(f"{name} is empty (0 bytes): copy it again from its source")
+        raise ImageError(f"{name} is empty (0 bytes): copy it again from its source", reason="is empty")
     if count > limits.max_bytes:
+        size, most = byte_counts(count, limits.max_bytes)
         raise ImageError(
-            f"{name} is a file of {count / 2**20:.1f} MiB, and at most {limits.max_bytes / 2**20:.1f} MiB are read: "
-            "scale it down, or raise max_bytes"
+            f"{name} is a file of {size}, and the limit is {most}: scale it down, or raise ",
+            Parameter("max_bytes"),
+            reason="is too large a file",
         )
 
 
@@ -336,20 +359,39 @@ def _check_pixels(size: tuple[int, int], limits: PhotoLimits, name: str, count: 
         return
     # A photo takes a tenth of a byte a pixel and more; a bomb states pixels that it does not have.
     bomb = count is not None and pixels > 1000 * count
+    stated = f"{name} states {size[0]} x {size[1]} pixels"
+    if bomb:
+        raise ImageError(
+            f"{stated} in a file of {count} bytes, which is a decompression bomb: delete it",
+            reason="is a decompression bomb",
+        )
+    found, most = pixel_counts(pixels, limits.max_pixels)
     raise ImageError(
-        f"{name} states {size[0]} x {size[1]} pixels, {pixels / 1e6:.1f} million, and at most "
-        f"{limits.max_pixels / 1e6:.1f} million are read: "
-        + (f"in a file of {count} bytes that is a decompression bomb" if bomb else "scale it down, or raise max_pixels")
+        f"{stated} ({found}), and the limit is {most}: scale it down, or raise ",
+        Parameter("max_pixels"),
+        reason="has too many pixels",
     )
 
 
-def _words(exc: Exception) -> str:
-    return printable(str(exc).strip() or type(exc).__name__)
+def _readable() -> str:
+    """The formats that can be read here, for a sentence."""
+    names = []
+    for name in FORMATS:
+        if getattr(importlib.import_module(_PLUGINS[name][0]), "SUPPORTED", True):
+            names.append(name)
+    if importlib.util.find_spec("pillow_heif"):
+        names.append("HEIC")
+    return ", ".join(names)
 
 
 def _no_photo(data: bytes, name: str, path: str | None) -> ImageError:
-    what, known = other_kind(data), ", ".join(FORMATS)
+    what = other_kind(data)
     if what is None:
-        return ImageError(f"{name} is not an image, or its beginning is damaged: {known} are read")
+        return ImageError(
+            f"{name} is not an image, or its beginning is damaged: {_readable()} are read", reason="is not an image"
+        )
     named = path is not None and os.path.splitext(path)[1].lower() in PHOTO_SUFFIXES
-    return ImageError(f"{name} is {'named like a' if named else 'no'} photo and holds {what}: {known} are read")
+    return ImageError(
+        f"{name} is {'named like a' if named else 'no'} photo and holds {what}: {_readable()} are read",
+        reason=f"holds {what}",
+    )

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from caption_rt.errors import ImageError
+from caption_rt.errors import ImageError, Parameter
 from caption_rt.image import PhotoLimits, open_photo, read_file, to_pixels
 from caption_rt.outputs import Entry, Known, digest_of
 from caption_rt.records import Record
@@ -121,4 +121,8 @@ def read_bytes(source: Source, limits: PhotoLimits) -> bytes:
     try:
         return read_file(source.path, limits)
     except MemoryError as exc:
-        raise ImageError(f"{source.name} needs more memory than there is: lower --max-bytes") from exc
+        raise ImageError(
+            f"{source.name} needs more memory than there is: lower ",
+            Parameter("max_bytes"),
+            reason="needs more memory than there is",
+        ) from exc

@@ -5,20 +5,27 @@ Everything here is a generator: of a folder, the names are held while it is gone
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from caption_rt.errors import ImageError, OptionsError, printable
+from caption_rt._amounts import byte_count
+from caption_rt._sniff import other_kind, photo_kind
+from caption_rt.errors import ImageError, OptionsError, Parameter, printable, shown
 
-__all__ = ["Selection", "Source", "find_sources", "parse_shard"]
+__all__ = ["Selection", "Source", "distinct", "find_sources", "parse_shard"]
 
 # A list of paths never has a zero byte, and every image format has some early: sizes and offsets in its header.
 _HEAD = 64
 _BINARY = (b"\xff\xd8\xff", b"\x89PNG")
+_UTF_8_MARK, _UTF_16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+# The words of a scheme, as RFC 3986 has them, and not the letter of a drive.
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 # Longer than any system's longest path: what has no separator for so long is no list of paths.
 _LONGEST_PATH = 1 << 17
 _CHUNK = 1 << 16
+_FORGOTTEN = ("standard input has a zero byte between its names: say ", Parameter("null"))
 _PATIENCE_S = 0.1
 
 
@@ -35,12 +42,12 @@ class Source:
     data: bytes | None = None
     """The photo's bytes, where they came from standard input."""
     error: ImageError | None = None
-    """Why there is nothing to read: a folder could not be looked into."""
+    """Why there is nothing to read: a folder could not be looked into, say."""
 
     @property
     def name(self) -> str:
         """How sentences call it, on one line."""
-        return "standard input" if self.path == "-" and self.data is not None else printable(self.path)
+        return "standard input" if self.path == "-" and self.data is not None else shown(self.path)
 
     @property
     def is_address(self) -> bool:
@@ -58,7 +65,7 @@ class Selection:
     taken whatever the patterns say.
 
     Raises:
-        OptionsError: an impossible shard.
+        OptionsError: an impossible shard, or an empty pattern.
     """
 
     include: tuple[str, ...] = ()
@@ -70,7 +77,10 @@ class Selection:
     named, so that photos which are added later change nothing for the others."""
 
     def __post_init__(self) -> None:
-        """Check the shard."""
+        """Check the patterns and the shard."""
+        for name in ("include", "exclude"):
+            if not all(pattern.strip("/") for pattern in getattr(self, name)):
+                raise OptionsError("a pattern of ", Parameter(name), ' is empty and matches nothing: "*.jpg" is one')
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             raise OptionsError(f"a shard is 1/8 to 8/8, say, not {self.shard[0]}/{self.shard[1]}")
 
@@ -111,6 +121,7 @@ def find_sources(
     stdin: BinaryIO | None = None,
     null: bool = False,
     max_bytes: int = 1 << 28,
+    may_be_empty: bool = False,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Source]:
     """What to caption, in order.
@@ -120,6 +131,9 @@ def find_sources(
     begin with a dot, are passed over. A folder that several links lead to, or that a link leads back to, is gone
     through once an argument. One that cannot be looked into gives a source with an error, in every shard.
 
+    A file:// address is the file's path; of what is named by another kind of address, and of standard input that is
+    empty or too large, there is a source with an error.
+
     Args:
         arguments: names of files and folders, addresses, and "-" for standard input: a list of such names, one a line,
             or the bytes of one image. Its first bytes tell which.
@@ -127,10 +141,12 @@ def find_sources(
         stdin: standard input.
         null: the list on standard input has a zero byte after each name rather than a line break.
         max_bytes: the largest image that is taken from standard input.
+        may_be_empty: standard input may be an empty list; otherwise it is an error if nothing comes at all.
         stopped: asked while standard input is waited for; once it says so, that is taken to be at its end.
 
     Raises:
-        OptionsError: "-" came twice, or standard input is neither a list nor an image; as it is met.
+        OptionsError: "-" came twice, standard input is neither a list nor an image, or `null` does not fit to it; as it
+            is met.
     """
     selection = selection or Selection()
     taken = False
@@ -141,15 +157,68 @@ def find_sources(
         if taken:
             raise OptionsError("standard input can be read once: give - only once")
         taken = True
-        yield from _from_stdin(stdin, selection, null, max_bytes, stopped)
+        head = _head(stdin, null, stopped)
+        if head.startswith(_UTF_8_MARK):
+            head = head[len(_UTF_8_MARK) :]
+        if not head:
+            if not (may_be_empty or null or stopped()):
+                said = "is empty: neither a photo nor a list of paths came"
+                yield Source("-", "-", True, b"", ImageError(f"standard input {said}", reason="is empty"))
+        elif _is_list(head, null):
+            for name in _names(head, stdin, null, stopped):
+                yield from _expand(os.fsdecode(name), selection, named=False)
+        else:
+            yield _piped(head, stdin, max_bytes, stopped)
+
+
+def distinct(sources: Iterable[Source]) -> Iterator[Source]:
+    """Each photo once, however often and in whatever way it was named: `photos/a.jpg`, `./photos/a.jpg`.
+
+    What comes as bytes is let through. It keeps a hash of every path.
+    """
+    seen: set[bytes] = set()
+    for source in sources:
+        if source.data is None:
+            name = source.path if source.is_address else os.path.abspath(source.path)
+            digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            if digest in seen:
+                continue
+            seen.add(digest)
+        yield source
 
 
 def _expand(argument: str, selection: Selection, *, named: bool) -> Iterator[Source]:
     """What a name stands for."""
-    if os.path.isdir(argument):
+    error = None
+    try:
+        argument = _local(argument)
+    except ImageError as exc:
+        error = exc
+    relative = argument.replace(os.sep, "/")
+    if error is None and os.path.isdir(argument):
         yield from _scan(argument, selection)
-    elif selection.in_shard(argument.replace(os.sep, "/")):
-        yield Source(argument, argument.replace(os.sep, "/"), named)
+    elif selection.in_shard(relative):
+        yield Source(argument, relative, named, error=error)
+
+
+def _local(argument: str) -> str:
+    """What is opened or fetched for a name: of a file:// address its path.
+
+    Raises:
+        ImageError: it is an address of another kind.
+    """
+    found = _ADDRESS.match(argument)
+    scheme = found[1].lower() if found else ""
+    if scheme in ("", "http", "https") or os.path.lexists(argument):
+        return argument
+    if scheme == "file":
+        from caption_rt._http import file_path  # with the standard library's network
+
+        return file_path(argument)
+    raise ImageError(
+        f"{shown(argument)} is an address of the kind {scheme}, and only http, https and file are read: fetch it first",
+        reason="is an address of a kind that is not read",
+    )
 
 
 def _scan(top: str, selection: Selection) -> Iterator[Source]:
@@ -169,7 +238,10 @@ def _scan(top: str, selection: Selection) -> Iterator[Source]:
             levels.append((path, relative, iter(_entries(path))))
         except OSError as exc:
             reason = printable(exc.strerror or exc)
-            error = ImageError(f"the folder {printable(path)} cannot be looked into: {reason}: check its permissions")
+            error = ImageError(
+                f"the folder {shown(path)} cannot be looked into ({reason}): check its permissions",
+                reason=f"is a folder that cannot be looked into ({reason})",
+            )
             return Source(path, relative, error=error)
         return None
 
@@ -215,41 +287,86 @@ def _matches(pattern: str, relative: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in relative.lower().split("/"))
 
 
-def _from_stdin(
-    stdin: BinaryIO, selection: Selection, null: bool, max_bytes: int, stopped: Callable[[], bool]
-) -> Iterator[Source]:
-    head = b""
-    while len(head) < _HEAD and (b"\n" not in head or head.startswith(_BINARY)):
+def _head(stdin: BinaryIO, null: bool, stopped: Callable[[], bool]) -> bytes:
+    """The first bytes of standard input: a whole name, or enough to tell a photo by; empty if there is nothing."""
+    head, separator = b"", b"\0" if null else b"\n"
+    while len(head) < _HEAD and (separator not in head or head.startswith(_BINARY)):
         read = _read(stdin, _HEAD, stopped)
         if not read:
             break
         head += read
-    if not null and (head.startswith(_BINARY) or b"\0" in head[:_HEAD]):
-        data = head + stdin.read(max(0, max_bytes + 1 - len(head)))
-        error = None
-        if len(data) > max_bytes:
-            error = ImageError(f"standard input has more than {max_bytes} bytes: raise --max-bytes to read it")
-        yield Source("-", "-", True, data[:max_bytes], error)
-        return
-    for name in _names(head, stdin, b"\0" if null else b"\n", stopped):
-        yield from _expand(os.fsdecode(name), selection, named=False)
+    return head
 
 
-def _names(head: bytes, stdin: BinaryIO, separator: bytes, stopped: Callable[[], bool]) -> Iterator[bytes]:
-    """The names of a list, without empty ones."""
-    rest, read = head, b"-"
+def _is_list(head: bytes, null: bool) -> bool:
+    """Whether standard input is a list of names by its first bytes, rather than a photo or another document.
+
+    Raises:
+        OptionsError: it is a list of another kind than was said.
+    """
+    if null:
+        if head.startswith(_BINARY):
+            raise OptionsError("standard input is a photo, and ", Parameter("null"), " is about a list: leave it out")
+        return True
+    if head.startswith(_UTF_16_MARKS) and b"\0" in head:
+        raise OptionsError("the list on standard input is UTF-16 text: save it as UTF-8")
+    if b"\0" in head[:_HEAD] and photo_kind(head) is None:
+        first = head.partition(b"\0")[0]
+        if len(first) > 1 and min(first) >= ord(" "):
+            raise OptionsError(*_FORGOTTEN)
+    # Other documents have their kind named, once. A path may begin as programs and archives do.
+    document = other_kind(head) in ("a PDF document", "an HTML page", "an SVG drawing", "an XML document", "JSON")
+    return not (document or head.startswith(_BINARY) or b"\0" in head[:_HEAD])
+
+
+def _piped(head: bytes, stdin: BinaryIO, max_bytes: int, stopped: Callable[[], bool]) -> Source:
+    """The photo that standard input is."""
+    data = bytearray(head)
+    while len(data) <= max_bytes and (read := _read(stdin, min(_CHUNK, max_bytes + 1 - len(data)), stopped)):
+        data += read
+    error = None
+    if len(data) > max_bytes:
+        error = ImageError(
+            f"standard input has more than {byte_count(max_bytes)}: raise ",
+            *(Parameter("max_bytes"), " to read it"),
+            reason="is too large a file",
+        )
+    return Source("-", "-", True, bytes(data[:max_bytes]), error)
+
+
+def _names(head: bytes, stdin: BinaryIO, null: bool, stopped: Callable[[], bool]) -> Iterator[bytes]:
+    """The names of a list, without empty ones.
+
+    Raises:
+        OptionsError: it is no list, or one of the other kind.
+    """
+    separator = b"\0" if null else b"\n"
+    rest, read, parted = head, b"-", False
     while read:
         *names, rest = rest.split(separator)
+        parted = parted or bool(names)
         for name in names:
-            name = name.removesuffix(b"\r") if separator == b"\n" else name
-            if name:
-                yield name
+            yield from _name(name, null)
         if len(rest) > _LONGEST_PATH:
-            raise OptionsError("standard input is neither an image nor a list of paths, one a line")
+            break
         read = _read(stdin, _CHUNK, stopped)
         rest += read
-    if rest:
-        yield rest.removesuffix(b"\r") if separator == b"\n" else rest
+    if null and not parted and b"\n" in rest and not os.path.lexists(rest):
+        raise OptionsError(
+            "standard input has line breaks between its names and no zero byte: leave out ", Parameter("null")
+        )
+    if len(rest) > _LONGEST_PATH:
+        raise OptionsError("standard input is neither an image nor a list of paths, one a line")
+    yield from _name(rest, null)
+
+
+def _name(name: bytes, null: bool) -> Iterator[bytes]:
+    if not null:
+        if b"\0" in name:
+            raise OptionsError(*_FORGOTTEN)
+        name = name.removesuffix(b"\r")
+    if name:
+        yield name
 
 
 def _read(stdin: BinaryIO, count: int, stopped: Callable[[], bool]) -> bytes:

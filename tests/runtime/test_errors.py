@@ -1,10 +1,13 @@
 """The tree of errors."""
 
+import ast
 import errno
 import pickle
+from pathlib import Path
 
 import pytest
 
+import caption_rt
 from caption_rt.errors import (
     BundleError,
     CaptionError,
@@ -87,3 +90,11 @@ def test_an_error_that_travels_to_another_process_is_the_same(kind):
 )
 def test_what_can_be_done_about_a_file_that_cannot_be_written(number, remedy):
     assert remedy_of(OSError(number, "no")) == remedy
+
+
+@pytest.mark.parametrize("path", sorted(Path(caption_rt.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_every_error_about_a_photo_states_its_reason(path):
+    """A run over many photos counts by it."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    errors = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "ImageError"]
+    assert [call.lineno for call in errors if "reason" not in {keyword.arg for keyword in call.keywords}] == []

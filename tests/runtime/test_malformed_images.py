@@ -82,7 +82,7 @@ def test_memory_stays_small_before_files_that_state_huge_sizes(results):
 
 def test_every_cut_file_that_is_refused_says_that_it_is_cut_short(results):
     refused = {path: text for path, text in results[0].items() if "/cut-" in path and isinstance(text, str)}
-    short = [path for path, text in refused.items() if "is cut short (" in text]
+    short = [path for path, text in refused.items() if "is cut short: " in text]
     assert len(short) / len(refused) > 0.85  # of the others too little is left to tell a photo
 
 

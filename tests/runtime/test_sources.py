@@ -9,7 +9,7 @@ import pytest
 
 from caption_rt.errors import OptionsError
 from caption_rt.image import PHOTO_SUFFIXES
-from caption_rt.sources import Selection, find_sources, parse_shard
+from caption_rt.sources import Selection, Source, distinct, find_sources, parse_shard
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_folder_that_may_not_be_looked_into_is_one_source_with_an_error():
             sources = list(find_sources([folder], Selection(shard=(1, 1))))
             assert [source.relative for source in sources] == ["a/photo.jpg", "locked", "z/photo.jpg"]
             assert str(sources[1].error) == (
-                f"the folder {tree / 'locked'} cannot be looked into: Permission denied: check its permissions"
+                f"the folder {tree / 'locked'} cannot be looked into (Permission denied): check its permissions"
             )
             # It is told by every shard, because its photos may belong to any.
             for part in (1, 2, 3):
@@ -200,15 +200,17 @@ def test_a_long_list_comes_piece_by_piece():
     assert [source.path for source in piped("\n".join(names).encode())] == names
 
 
-def test_a_list_is_used_while_it_is_made():
+@pytest.mark.parametrize("null", [False, True])
+def test_a_list_is_used_while_it_is_made(null):
+    end = b"\0" if null else b"\n"
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as stdin:
-        sources = find_sources(["-"], stdin=stdin)
-        os.write(writing, b"first.jpg\n")
+        sources = find_sources(["-"], stdin=stdin, null=null)
+        os.write(writing, b"first.jpg" + end)
         assert next(sources).path == "first.jpg"
-        os.write(writing, b"second.jpg\nthi")
+        os.write(writing, b"second.jpg" + end + b"thi")
         assert next(sources).path == "second.jpg"
-        os.write(writing, b"rd.jpg\n")
+        os.write(writing, b"rd.jpg" + end)
         assert next(sources).path == "third.jpg"
         os.close(writing)
         assert next(sources, None) is None
@@ -233,11 +235,92 @@ def test_bytes_of_an_image_on_standard_input(photos):
 
 def test_an_image_on_standard_input_that_is_too_large():
     (source,) = piped(b"\xff\xd8\xff" + bytes(200), max_bytes=100)
-    assert "standard input has more than 100 bytes: raise --max-bytes" in str(source.error)
+    assert str(source.error) == "standard input has more than 100 bytes: raise max_bytes to read it"
+
+
+def test_nothing_on_standard_input_is_an_empty_list_only_where_a_list_is_meant():
+    assert piped(b"", may_be_empty=True) == piped(b"", null=True) == piped(b"\n\r\n") == []
+    assert piped(b"", stopped=lambda: True) == []
+    (source,) = piped(b"")
+    assert (source.path, source.name) == ("-", "standard input")
+    assert str(source.error) == "standard input is empty: neither a photo nor a list of paths came"
+
+
+def test_a_mark_before_the_first_name_is_none_of_it():
+    """Editors of Windows begin UTF-8 with one."""
+    assert [source.path for source in piped(b"\xef\xbb\xbfa.jpg\r\nb.jpg\r\n")] == ["a.jpg", "b.jpg"]
+    with pytest.raises(OptionsError, match="the list on standard input is UTF-16 text: save it as UTF-8"):
+        piped("a.jpg\nb.jpg\n".encode("utf-16"))
+
+
+FORGOTTEN = "standard input has a zero byte between its names: say null"
+NEEDLESS = "standard input has line breaks between its names and no zero byte: leave out null"
+
+
+def test_a_list_of_the_other_kind_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"photos/{number}.jpg" for number in range(2000)]
+    long = "x" * 100
+    for text in ("\0".join(names), "a.jpg\0", f"{long}\0{long}\0", f"{long}\n{long}\0b"):
+        with pytest.raises(OptionsError) as caught:
+            piped(text.encode())
+        assert str(caught.value.renamed({"null": "-0"})) == FORGOTTEN.replace("null", "-0")
+    for text in ("\n".join(names) + "\n", "a.jpg\nb.jpg", "\n".join(names * 100)[: (1 << 16) - 1]):
+        with pytest.raises(OptionsError, match=NEEDLESS):
+            piped(text.encode(), null=True)
+    # One name may have a line break, and the last one lack its end.
+    (tmp_path / "two\nlines.jpg").touch()
+    assert [source.path for source in piped(b"two\nlines.jpg", null=True)] == ["two\nlines.jpg"]
+    with pytest.raises(OptionsError, match="standard input is a photo, and null is about a list: leave it out"):
+        piped(b"\xff\xd8\xff\xe0" + bytes(100), null=True)
+
+
+@pytest.mark.parametrize(
+    "document", [b"%PDF-1.7\n1 0 obj", b"<!DOCTYPE html>\n<title>", b'<?xml version="1.0"?>\n', b'{"path": "a.jpg"}\n']
+)
+def test_another_document_is_one_source_and_no_list(document):
+    (source,) = piped(document)
+    assert source.data == document
+
+
+def test_addresses_of_files_are_their_paths_and_others_are_not_read(tree):
+    address = tree.as_uri()
+    assert found(f"{address}/b.jpg", f"{address.replace('///', '//localhost/')}/raw") == [
+        str(tree / "b.jpg"),
+        *(str(tree / "raw" / name) for name in ("cr/s.tiff", "r.jpg")),
+    ]
+    odd = tree / "a%20b #1?\udcff.jpg"
+    assert found(odd.as_uri()) == [str(odd)]
+    for address, sentence in {
+        "ftp://host/a.jpg": "is an address of the kind ftp, and only http, https and file are read: fetch it first",
+        "S3://bucket/a.jpg": "is an address of the kind s3, and only http, https and file are read: fetch it first",
+        "file://host/a.jpg": "names a file of another machine: a path here is file:///path",
+        "file://[/a.jpg": "names a file of another machine: a path here is file:///path",
+    }.items():
+        (source,) = find_sources([address])
+        assert (source.path, str(source.error)) == (address, f"{address} {sentence}")
+    assert [source.error for source in find_sources(["c:/a.jpg", "a:b.jpg", "http://a/b"])] == [None] * 3
+
+
+def test_each_photo_once_whatever_it_is_called(tree, monkeypatch):
+    monkeypatch.chdir(tree)
+    names = ["raw", "raw/r.jpg", "./raw//r.jpg", str(tree / "raw" / "r.jpg"), "b.jpg", "raw/../b.jpg", "none.jpg"]
+    sources = list(distinct(find_sources([*names, "none.jpg", "http://a/b.jpg", "http://a/b.jpg", "http://a/./b.jpg"])))
+    assert [source.path for source in sources] == [
+        *("raw/cr/s.tiff", "raw/r.jpg", "b.jpg", "none.jpg", "http://a/b.jpg", "http://a/./b.jpg")
+    ]
+    bytes_twice = [Source("-", "-", True, b"1"), Source("-", "-", True, b"1")]
+    assert list(distinct(bytes_twice)) == bytes_twice
+
+
+def test_an_empty_pattern_is_refused():
+    for name in ("include", "exclude"):
+        for pattern in ("", "/"):
+            with pytest.raises(OptionsError, match=f"a pattern of {name} is empty and matches nothing"):
+                Selection(**{name: ("*.jpg", pattern)})
 
 
 def test_what_standard_input_is_not(tmp_path):
-    assert piped(b"") == []
     (tmp_path / "novel").write_bytes(b"It was a dark and stormy night. " * 5000)
     with (
         (tmp_path / "novel").open("rb") as stdin,
