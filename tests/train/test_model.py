@@ -151,7 +151,9 @@ def test_every_weight_gets_a_gradient() -> None:
     names = {
         variable.path: float(tf.reduce_max(tf.abs(tf.convert_to_tensor(gradient))))
         for variable, gradient in zip(
-            model.trainable_variables, tape.gradient(loss, model.trainable_variables), strict=True
+            model.trainable_variables,
+            tape.gradient(loss, model.trainable_variables, unconnected_gradients=tf.UnconnectedGradients.ZERO),
+            strict=True,
         )
     }
     assert len(names) == 16

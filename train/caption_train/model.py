@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from caption_rt.errors import OptionsError
 from caption_rt.search import Step
+from caption_train.recurrence import Weights, plan, unroll
 
 Recurrence = Literal["carry", "reset"]
+InitialState = Literal["mean", "zeros"]
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,23 @@ class ModelConfig:
     state reaches the attention alone, which is what the tutorial's code does."""
     dropout: float = 0.0
     """Share of the word embeddings' and of the GRU outputs' elements dropped in training (Srivastava et al. 2014)."""
+    initial_state: InitialState = "zeros"
+    """The GRU's state before the first word. ``mean``: a dense layer with tanh on the mean of the features (Xu et al.
+    2015, section 3.1.2, f_init). ``zeros``: the tutorial."""
 
     def __post_init__(self) -> None:
         """Check the values.
 
         Raises:
-            OptionsError: A size that is not positive, an unknown recurrence, a dropout outside [0, 1).
+            OptionsError: A size that is not positive, an unknown recurrence or initial state, a dropout outside [0, 1).
         """
         for name in ("places", "channels", "vocabulary_size", "embedding_dim", "units"):
             if getattr(self, name) < 1:
                 raise OptionsError(f"model: {name} must be at least 1, not {getattr(self, name)}")
         if self.recurrence not in get_args(Recurrence):
             raise OptionsError(f"model: recurrence must be 'carry' or 'reset', not {self.recurrence!r}")
+        if self.initial_state not in get_args(InitialState):
+            raise OptionsError(f"model: initial_state must be 'mean' or 'zeros', not {self.initial_state!r}")
         if not 0 <= self.dropout < 1:
             raise OptionsError(f"model: dropout must lie in [0, 1), not {self.dropout}")
 
@@ -118,7 +125,7 @@ class Encoder(keras.Model):
 
 
 class Decoder(keras.Model):
-    """Embedding, attention, GRU and two output layers; one word a call of `step`, a whole caption a call of `call`."""
+    """Embedding, attention, GRU and two output layers; `step` is one word."""
 
     def __init__(self, config: ModelConfig) -> None:
         """Make and build the layers."""
@@ -130,6 +137,9 @@ class Decoder(keras.Model):
         self.fc1 = keras.layers.Dense(units, name="fc1")
         self.fc2 = keras.layers.Dense(config.vocabulary_size, name="fc2")
         self.attention = BahdanauAttention(config)
+        if config.initial_state == "mean":
+            self.init = keras.layers.Dense(units, activation="tanh", name="init")
+            self.init.build((None, size))
         self.embedding.build((None,))
         self.gru.build((None, None, 2 * size))
         self.fc1.build((None, units))
@@ -174,48 +184,27 @@ class Decoder(keras.Model):
         next_state, weights = self.recur(self.embedding(token), state, features, keys)
         return tf.nn.log_softmax(self.fc2(self.fc1(next_state))), next_state, weights
 
-    def call(
-        self, tokens: tf.Tensor, state: tf.Tensor, features: tf.Tensor, keys: tf.Tensor, seed: tf.Tensor | None = None
-    ) -> tf.Tensor:
-        """Whole captions with teacher forcing: only attention and GRU go word by word.
-
-        Args:
-            tokens: The words that precede those to be predicted, ``<start>`` first, int64 [m, T].
-            state: The initial state, float32 [m, U].
-            features: float32 [m, P, E].
-            keys: float32 [m, P, A].
-            seed: int32 [2] of the dropout; None for no dropout.
-
-        Returns:
-            Logits float32 [m, T, V].
-        """
-        embedded = self._drop(self.embedding(tokens), seed, 0)  # [m, T, E]
-        length = tf.shape(tokens)[1]
-        outputs = tf.TensorArray(tf.float32, size=length, element_shape=(None, self.config.units))
-
-        def word(t: tf.Tensor, state: tf.Tensor, outputs: tf.TensorArray) -> tuple[Any, Any, Any]:
-            state, _ = self.recur(embedded[:, t], state, features, keys)
-            return t + 1, state, outputs.write(t, state)
-
-        # A loop in the graph rather than in Python: one trace serves captions of every length.
-        _, _, outputs = tf.while_loop(lambda t, *_: t < length, word, (0, state, outputs))
-        stacked = self._drop(tf.transpose(outputs.stack(), (1, 0, 2)), seed, 1)  # [m, T, U]
-        return self.fc2(self.fc1(stacked))
-
-    def _drop(self, x: tf.Tensor, seed: tf.Tensor | None, place: int) -> tf.Tensor:
-        """Stateless dropout: the masks follow from the seed alone, so that a resumed run draws the same ones."""
-        if seed is None or not self.config.dropout:
-            return x
-        return tf.nn.experimental.stateless_dropout(x, self.config.dropout, seed=tf.add(seed, (place, 0)))
+    def first_state(self, features: tf.Tensor) -> tf.Tensor:
+        """The state before the first word, float32 [n, U], of features float32 [n, P, E]."""
+        if self.config.initial_state == "mean":
+            return self.init(tf.reduce_mean(features, axis=1))
+        return tf.zeros((tf.shape(features)[0], self.config.units))
 
 
 class CaptionModel(keras.Model):
     """Encoder and decoder together."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Build both with random weights."""
+    def __init__(self, config: ModelConfig, dtype_of_products: tf.DType = tf.float32) -> None:
+        """Build both with random weights.
+
+        Args:
+            config: Sizes and rules.
+            dtype_of_products: Of the matrix products in `call` and `teach`: bfloat16 where training is to be fast.
+                Weights, gradients, attention and all that is added up are float32 in any case, and so are `encode`
+                and `Decoder.step`.
+        """
         super().__init__(name="captioner")
-        self.config = config
+        self.config, self.dtype_of_products = config, dtype_of_products
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.built = True
@@ -227,28 +216,26 @@ class CaptionModel(keras.Model):
             grid: float32 [n, P, C].
 
         Returns:
-            Features float32 [n, P, E], keys float32 [n, P, A], the initial state float32 [n, U] (zeros, as in the
-            tutorial).
+            Features float32 [n, P, E], keys float32 [n, P, A], the initial state float32 [n, U].
         """
         features = self.encoder(grid)
         keys = self.decoder.attention.W1(features)
-        initial_state = tf.zeros((tf.shape(grid)[0], self.config.units))
-        return features, keys, initial_state
+        return features, keys, self.decoder.first_state(features)
 
     def call(self, grid: tf.Tensor, tokens: tf.Tensor, seed: tf.Tensor | None = None) -> tf.Tensor:
-        """Teacher forcing.
+        """Teacher forcing on captions of one length.
 
         Args:
-            grid: float32 [m, P, C].
-            tokens: int64 [m, T], ``<start>`` first.
+            grid: A photo for each caption, of a floating type, [m, P, C].
+            tokens: The words that precede those to be predicted, ``<start>`` first, int64 [m, T].
             seed: int32 [2] of the dropout; None for no dropout.
 
         Returns:
             Logits float32 [m, T, V] of the words that follow.
         """
-        features, keys, state = self.encode(grid)
-        return self.decoder(tokens, state, features, keys, seed=seed)
-
+        rows, words = tf.unstack(tf.shape(tokens))
+        logits, _ = self._predict(grid, tf.range(rows), tokens, tf.ones_like(tokens, tf.bool), seed)
+        return tf.transpose(tf.reshape(logits, (words, rows, self.config.vocabulary_size)), (1, 0, 2))
 
     def teach(
         self, grid: tf.Tensor, photos: tf.Tensor, tokens: tf.Tensor, *, pad_id: int, seed: tf.Tensor | None = None
@@ -262,7 +249,60 @@ class CaptionModel(keras.Model):
             pad_id: Token id of the padding.
             seed: int32 [2] of the dropout; None for no dropout.
         """
-        raise NotImplementedError
+        is_word = tokens[:, 1:] != pad_id
+        logits, attention = self._predict(grid, photos, tokens[:, :-1], is_word, seed)
+        captions = tf.broadcast_to(tf.range(tf.shape(tokens)[0])[:, tf.newaxis], tf.shape(is_word))
+        return Taught(logits, _packed(tokens[:, 1:], is_word), _packed(captions, is_word), attention)
+
+    def _predict(
+        self, grid: tf.Tensor, photos: tf.Tensor, tokens: tf.Tensor, is_word: tf.Tensor, seed: tf.Tensor | None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Logits float32 [N, V], a caption's attention summed over its words float32 [m, P].
+
+        Only attention and GRU go word by word; everything else is done once a photo, or once for all words.
+        """
+        decoder, size = self.decoder, self.config.embedding_dim
+        grid = tf.ensure_shape(grid, (None, self.config.places, self.config.channels))
+        features = tf.nn.relu(self._dense(self.encoder.fc, grid))  # [n, P, E]
+        keys = self._dense(decoder.attention.W1, features)  # [n, P, A]
+        state = tf.gather(decoder.first_state(features), photos)  # [m, U]
+        embedded = self._drop(decoder.embedding(_packed(tokens, is_word)), seed, 0)  # [N, E]
+        cell = decoder.gru.cell
+        # The kernel's first rows multiply the context, the others the embedding (see `Decoder.recur`).
+        inputs = self._product(embedded, cell.kernel[size:]) + cell.bias[0]  # [N, 3U]
+        carry = self.config.recurrence == "carry"
+        recurrent = tf.convert_to_tensor(cell.recurrent_kernel)
+        weights = Weights(
+            tf.concat([decoder.attention.W2.kernel, recurrent if carry else tf.zeros_like(recurrent)], axis=1),
+            tf.concat([decoder.attention.W2.bias, cell.bias[1]], axis=0),
+            tf.convert_to_tensor(decoder.attention.V.kernel),
+            cell.kernel[:size],
+        )
+        outputs, attention = unroll(
+            inputs, state, features, keys, weights, plan(photos, is_word), carry=carry, dtype=self.dtype_of_products
+        )
+        outputs = self._drop(outputs, seed, 1)  # [N, U]
+        return self._dense(decoder.fc2, self._dense(decoder.fc1, outputs)), attention
+
+    def _dense(self, layer: keras.layers.Dense, x: tf.Tensor) -> tf.Tensor:
+        """A dense layer without its activation, float32."""
+        return self._product(x, layer.kernel) + layer.bias
+
+    def _product(self, x: tf.Tensor, kernel: Any) -> tf.Tensor:
+        """A matrix product in the type that training has for them, given back as float32."""
+        x, kernel = (tf.cast(y, self.dtype_of_products) for y in (x, tf.convert_to_tensor(kernel)))
+        return tf.cast(tf.matmul(x, kernel), tf.float32)
+
+    def _drop(self, x: tf.Tensor, seed: tf.Tensor | None, place: int) -> tf.Tensor:
+        """Stateless dropout: the masks follow from the seed alone, so that a resumed run draws the same ones."""
+        if seed is None or not self.config.dropout:
+            return x
+        return tf.nn.experimental.stateless_dropout(x, self.config.dropout, seed=tf.add(seed, (place, 0)))
+
+
+def _packed(x: tf.Tensor, is_word: tf.Tensor) -> tf.Tensor:
+    """What of [m, T] is no padding, word by word: [N]."""
+    return tf.boolean_mask(tf.transpose(x), tf.transpose(is_word))
 
 
 class TensorFlowStepper:
