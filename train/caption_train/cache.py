@@ -31,10 +31,7 @@ from numpy.typing import NDArray
 
 from caption_rt.errors import ImageError
 from caption_train.errors import TrainingError
-from caption_train.files import write_json
-
-if sys.platform != "win32":
-    import fcntl
+from caption_train.files import one_process, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -284,12 +281,8 @@ class GridCache:
     @contextlib.contextmanager
     def _only_writer(self) -> Iterator[None]:
         """Holds the right to write, which ends with the process, and sees what others wrote before."""
-        with (self.folder / "lock").open("wb") as lock:
-            if sys.platform != "win32":
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as exc:
-                    raise TrainingError(f"another process is filling the cache {self.folder}; wait for it") from exc
+        busy = TrainingError(f"another process is filling the cache {self.folder}; wait for it")
+        with one_process(self.folder / "lock", busy):
             self._read_index()
             yield
 

@@ -11,6 +11,7 @@ import click
 
 from caption_rt import __version__
 from caption_rt.console import run_command
+from caption_train.cli_data import fetch
 from caption_train.cli_distill import distill
 from caption_train.cli_evaluate import evaluate
 from caption_train.cli_train import train
@@ -48,5 +49,5 @@ def command(verbose: bool) -> None:
     os.environ["KERAS_BACKEND"] = "tensorflow"  # there is no other for these models, whatever Keras is set to
 
 
-for _part in (train, evaluate, distill):
+for _part in (fetch, train, evaluate, distill):
     command.add_command(_part)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from caption_rt.errors import CaptionError
 from caption_train.errors import TrainingError
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -54,6 +60,11 @@ def write_json(path: Path, content: Any) -> None:
     _replace(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text to a temporary name in the same folder, then put it in place."""
+    _replace(path, text)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read what `write_json` wrote: a JSON object.
 
@@ -69,6 +80,27 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise TrainingError(f"{path} cannot be read: it is not a JSON object")
     return content
+
+
+@contextlib.contextmanager
+def one_process(lock: Path, busy: CaptionError) -> Iterator[None]:
+    """Hold the right to write, which ends with the process; on Windows nothing is held.
+
+    Args:
+        lock: A file, made where there is none, which stays.
+        busy: What is raised where another process holds it.
+
+    Raises:
+        CaptionError: `busy`.
+        OSError: The file cannot be made.
+    """
+    with lock.open("wb") as file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as exc:
+                raise busy from exc
+        yield
 
 
 def refuse_other_options(
