@@ -9,9 +9,11 @@ from pathlib import Path
 NEED_TENSORFLOW = [
     "test_cli.py",
     "test_distill.py",
+    "test_finetune.py",
     "test_inception.py",
     "test_model.py",
     "test_runs.py",
+    "test_self_critical.py",
     "test_training.py",
 ]
 
