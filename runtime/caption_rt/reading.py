@@ -1,6 +1,7 @@
 """Reading photos ahead, in threads: bytes, their hash, and pixels where the network is to have them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TypeAlias
 
@@ -64,6 +65,8 @@ class PhotoReader:
     """The largest photos that are read."""
     thumbnails: bool = False
     """Make a thumbnail of each."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What errors call our parameters; see `CaptionError.renamed`."""
 
     def __call__(self, job: Job) -> Read:
         """Read a photo; whatever is wrong with it becomes an entry."""
@@ -81,7 +84,7 @@ class PhotoReader:
                 return Done(source, None, left=True)
             return self._photo(source, data, digest, start)
         except ImageError as exc:
-            entry = Entry(source, digest, Record(source.path, exc))
+            entry = Entry(source, digest, Record(source.path, exc.renamed(self.names)))
             if digest is None and known is not None and known.digest is None and known.error == entry.error:
                 return Done(source, known.error, left=False)
             return entry
