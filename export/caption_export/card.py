@@ -108,8 +108,8 @@ def _scores(facts: CardFacts) -> Iterator[str]:
     )
     yield ""
     yield (
-        "BLEU and ROUGE-L in percent, CIDEr from 0 to 10, by COCO's scorers with the vocabulary's own normalisation in "
-        "place of the PTB tokenizer; measured in TensorFlow, before the export."
+        "CIDEr from 0 to 10, the other scores in percent, all as the COCO caption evaluation computes them (its "
+        "scorers on its PTB tokens); measured in TensorFlow, before the export."
     )
 
 

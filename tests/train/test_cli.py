@@ -104,9 +104,11 @@ def test_nothing_but_ours_on_stderr(trained: tuple[Path, subprocess.CompletedPro
     assert all(line.startswith(("going on after step", "epoch ")) for line in lines), lines
 
 
-def test_evaluate_json(data: Path, trained: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_evaluate_json(data: Path, trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     folder, _ = trained
-    result = run("evaluate", data, folder, "--split", "train", "--checkpoint", "last", "--json")
+    page = tmp_path / "worst.html"
+    arguments = ("--split", "train", "--checkpoint", "last", "--page", page, "--no-java", "--json")
+    result = run("evaluate", data, folder, *arguments)
     assert (result.returncode, result.stderr) == (0, "")
     found = json.loads(result.stdout)
     assert list(found["scores"]) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
@@ -117,6 +119,12 @@ def test_evaluate_json(data: Path, trained: tuple[Path, subprocess.CompletedProc
         path = str(data / "images" / f"{index}.jpg")
         expected.append({"path": path, "caption": caption, "references": [caption] * 5})
     assert found["captions"] == expected
+    assert found["statistics"] == {
+        **{"mean_words": 7.0, "fewest_words": 7, "most_words": 7, "words_used": 10, "words_known": 10},
+        **{"unique": 1.0, "novel": 0.0},
+    }
+    assert page.read_text().count("<figure>") == 8
+    assert "run, train photos" in page.read_text()
 
 
 def test_evaluate_shows_generated_beside_real(
@@ -124,9 +132,10 @@ def test_evaluate_shows_generated_beside_real(
 ) -> None:
     folder, _ = trained
     arguments = ["evaluate", data, folder, "--beam", "3", "--show", "2", "--max-words", "4", "--length-penalty", "0.5"]
-    assert main([*map(str, arguments)]) == 0
+    assert main([*map(str, arguments), "--no-java"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[6].split() == ["photos", "3"]
+    assert re.fullmatch(r"words a caption: \d\.\d on average, \d to 4", lines[7])
     assert [line for line in lines if line.endswith(".jpg")] == ["27.jpg", "30.jpg"]
     generated = [line.split()[1:] for line in lines if line.startswith("  generated  ")]
     assert len(generated) == 2
@@ -142,7 +151,7 @@ def test_scores_of_other_data_are_not_the_runs(
     folder, _ = trained
     before = (folder / "scores.json").read_bytes()
     other = write_flickr8k(tmp_path / "other", (0, 3), (6, 9), captions=["{}"])
-    assert main(["evaluate", str(other), str(folder), "--show", "0"]) == 0
+    assert main(["evaluate", str(other), str(folder), "--show", "0", "--no-java"]) == 0
     assert "not the data that" in caplog.text
     assert (folder / "scores.json").read_bytes() == before
 

@@ -1,5 +1,8 @@
+import json
 import math
+from collections import defaultdict
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -7,7 +10,19 @@ from caption_train.errors import DatasetError
 
 pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed (extra train)")
 
-from caption_train.scores import score_captions
+from caption_train.scores import cider_of_each, java_scores, score_captions
+
+COCO = "captions_val2017.json"
+
+
+@pytest.fixture(scope="module")
+def people(shared: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Of 2,000 photos of MS-COCO, one caption for a candidate and the others as references."""
+    captions = defaultdict(list)
+    for annotation in json.loads((shared / "coco" / COCO).read_text())["annotations"]:
+        captions[str(annotation["image_id"])].append(annotation["caption"])
+    chosen = sorted(captions)[:2000]
+    return {name: captions[name][0] for name in chosen}, {name: captions[name][1:] for name in chosen}
 
 
 def test_names_and_their_order() -> None:
@@ -67,7 +82,7 @@ def test_cider() -> None:
 
 
 def test_case_and_punctuation_do_not_count() -> None:
-    references = {"1": ["A DOG, runs (fast)!"], "2": ["Two cats sleep on it."]}
+    references = {"1": ["A DOG, runs fast..."], "2": ["Two cats sleep on it."]}
     tidy = score_captions({"1": "a dog runs fast", "2": "two cats sleep on it"}, references)
     assert tidy["BLEU-4"] == pytest.approx(100)
     assert score_captions({"2": "Two Cats sleep on it .", "1": "A dog runs - fast."}, references) == pytest.approx(tidy)
@@ -98,3 +113,59 @@ def test_what_cannot_be_scored() -> None:
         score_captions({"1": "a", "2": "b"}, {"1": ["a"], "3": ["c"]})
     with pytest.raises(DatasetError, match="1 has no real caption"):
         score_captions({"1": "a"}, {"1": ["..."]})
+
+
+@pytest.mark.data
+@pytest.mark.program("java")
+def test_scores_are_those_of_the_original_pipeline(people: tuple[dict[str, str], dict[str, list[str]]]) -> None:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    candidates, references = people
+    tokenizer = PTBTokenizer()
+    real = tokenizer.tokenize({name: [{"caption": text} for text in texts] for name, texts in references.items()})
+    said = tokenizer.tokenize({name: [{"caption": text}] for name, text in candidates.items()})
+    bleu = Bleu(4).compute_score(real, said, verbose=0)[0]
+    expected = {f"BLEU-{n}": 100 * value for n, value in enumerate(bleu, 1)}
+    expected["ROUGE-L"] = 100 * Rouge().compute_score(real, said)[0]
+    expected["CIDEr"] = Cider().compute_score(real, said)[0]
+    assert score_captions(candidates, references) == expected
+    assert expected["CIDEr"] == pytest.approx(0.9030, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.program("java")
+def test_meteor_is_that_of_the_original_pipeline(people: tuple[dict[str, str], dict[str, list[str]]]) -> None:
+    scores, missing = java_scores(*people)
+    assert scores["METEOR"] == pytest.approx(24.1927, abs=1e-4)
+    assert all(line.startswith("no SPICE: ") for line in missing)
+
+
+def test_without_java_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert java_scores({"1": "a dog"}, {"1": ["a dog"]}) == (
+        {},
+        ["no METEOR: there is no java on the PATH", "no SPICE: there is no java on the PATH"],
+    )
+
+
+def test_a_java_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\nexit 1\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    scores, missing = java_scores({"1": "a dog"}, {"1": ["a dog"]})
+    assert scores == {}
+    assert missing[0].startswith("no METEOR: its Java program failed (")
+    assert missing[1].startswith("no SPICE: ")
+
+
+def test_cider_of_each_photo() -> None:
+    references = {"1": ["a brown dog runs"], "2": ["red boat", "seven tall green trees"]}
+    candidates = {"2": "red boat", "1": "a brown dog runs"}
+    each = cider_of_each(candidates, references)
+    assert each == {"2": pytest.approx(10 * (2 / 4) / 2), "1": pytest.approx(10)}
+    assert sum(each.values()) / 2 == pytest.approx(score_captions(candidates, references)["CIDEr"])

@@ -1,9 +1,10 @@
-"""The command `caption-train evaluate`."""
+"""`caption-train evaluate`, and what `train` prints of a run at its end."""
 
 from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,25 @@ import click
 
 from caption_rt.console import echo
 from caption_rt.errors import OptionsError, printable
-from caption_train.cli_options import COUNT, data_options, progress_bar
+from caption_train.cli_options import COUNT, PATH, data_options, progress_bar
 from caption_train.console import quiet_stderr
 from caption_train.datasets import Dataset, load_dataset
 
 if TYPE_CHECKING:
+    from caption_train.caption_statistics import CaptionStatistics
     from caption_train.runs import Evaluation
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluation found."""
+
+    evaluation: Evaluation
+    """Captions and scores."""
+    statistics: CaptionStatistics
+    """What the captions are like as a whole."""
 
 
 @click.command()
@@ -36,6 +48,12 @@ logger = logging.getLogger(__name__)
 )
 @click.option("--max-words", type=COUNT, help="Cut captions after so many.  [default: as in training]")
 @click.option("--show", type=click.IntRange(0), default=5, help="Photos whose captions are shown beside the real ones.")
+@click.option("--page", type=PATH, help="Write the twenty photos with the worst captions to this HTML file.")
+@click.option(
+    "--java/--no-java",
+    default=True,
+    help="Compute METEOR and SPICE as well, where Java and pycocoevalcap's files for them are there.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print scores and all captions as one JSON object.")
 def evaluate(
     data: Path,
@@ -46,26 +64,30 @@ def evaluate(
     split: str,
     checkpoint: str,
     show: int,
+    page: Path | None,
+    java: bool,
     as_json: bool,
     **decoding: Any,
 ) -> None:
-    """Print BLEU-1 to 4, ROUGE-L and CIDEr of RUN on a split of DATA, and generated beside real captions.
+    """Print the scores of RUN on a split of DATA, and generated beside real captions.
+
+    The scores are BLEU-1 to 4, ROUGE-L, CIDEr, METEOR and SPICE, as the COCO caption evaluation computes them.
 
     What of DATA belongs to which split is as it was when RUN was trained (--limit, --validation-share, --data-seed).
     """
     with quiet_stderr():
         from caption_train.runs import data_choices
     dataset = load_dataset(data, images=images, max_missing_share=max_missing_share, **data_choices(run))
-    evaluation = evaluate_split(run, dataset, split, cache or run / "grids", checkpoint, decoding)
-    pairs = list(zip(evaluation.images, evaluation.captions, strict=True))
+    found = evaluate_split(run, dataset, split, cache or run / "grids", checkpoint, decoding, java=java)
+    if page is not None:
+        _write_page(page, found.evaluation, f"{run.name}, {split} photos")
     if as_json:
-        rows = [
-            {"path": str(image.path), "caption": caption, "references": list(image.captions)}
-            for image, caption in pairs
-        ]
-        echo(json.dumps({"scores": evaluation.scores, "captions": rows}))
+        echo(json.dumps(_to_dict(found)))
         return
-    print_scores(evaluation)
+    print_scores(found)
+    for line in found.statistics.lines():
+        echo(line)
+    pairs = list(zip(found.evaluation.images, found.evaluation.captions, strict=True))
     for image, caption in pairs[:: max(1, len(pairs) // max(1, show))][:show]:
         echo(f"\n{printable(image.path.name)}\n  generated  {caption}")
         for reference in image.captions:
@@ -73,11 +95,30 @@ def evaluate(
 
 
 def evaluate_split(
-    run: Path, dataset: Dataset, split: str, cache: Path, checkpoint: str, decoding: dict[str, Any]
-) -> Evaluation:
-    """Caption a split, and write its scores into the run folder."""
+    run: Path,
+    dataset: Dataset,
+    split: str,
+    cache: Path,
+    checkpoint: str,
+    decoding: dict[str, Any],
+    *,
+    java: bool = False,
+) -> Findings:
+    """Caption a split, and write its scores into the run folder.
+
+    Args:
+        run: The run folder.
+        dataset: The data.
+        split: "train", "validation" or "test".
+        cache: Folder of the grid features.
+        checkpoint: "best" or "last".
+        decoding: Of `DecodeOptions`, what was asked for; None is left as it is.
+        java: Whether METEOR and SPICE are computed where they can be; what cannot is logged in one line.
+    """
     from caption_rt.options import DecodeOptions
+    from caption_train.caption_statistics import describe_captions
     from caption_train.runs import evaluate, open_run, record_scores
+    from caption_train.scores import java_scores
 
     images = getattr(dataset, split)
     if not images:
@@ -87,13 +128,50 @@ def evaluate_split(
     options = DecodeOptions(**{"max_words": trained.max_words, **given})
     with progress_bar("captions", len(images)) as advance:
         found = evaluate(trained, images, cache, options, on_photos=lambda count: advance(count, "captions"))
+    if java:
+        more, missing = java_scores(*_sides(found))
+        found = replace(found, scores={**found.scores, **more})
+        if missing:
+            logger.warning("%s", "; ".join(missing))
     if not record_scores(trained, dataset, split, found, options):
         logger.warning("not the data that %s was trained on: its scores.json stays as it is", run)
-    return found
+    training_captions = (caption for image in dataset.train for caption in image.captions)
+    return Findings(found, describe_captions(found.captions, trained.vocabulary, training_captions))
 
 
-def print_scores(evaluation: Evaluation) -> None:
+def print_scores(found: Findings) -> None:
     """Print the scores, and of how many photos they are, a line each."""
-    for name, value in evaluation.scores.items():
+    for name, value in found.evaluation.scores.items():
         echo(f"{name:8} {value:7.3f}")
-    echo(f"{'photos':8} {len(evaluation.images):7d}")
+    echo(f"{'photos':8} {len(found.evaluation.images):7d}")
+
+
+def _sides(found: Evaluation) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Generated and real captions by photo, as the scorers take them."""
+    names = [str(image.path) for image in found.images]
+    real = {str(image.path): tuple(image.captions) for image in found.images}
+    return dict(zip(names, found.captions, strict=True)), real
+
+
+def _to_dict(found: Findings) -> dict[str, Any]:
+    pairs = zip(found.evaluation.images, found.evaluation.captions, strict=True)
+    rows = [
+        {"path": str(image.path), "caption": caption, "references": list(image.captions)} for image, caption in pairs
+    ]
+    return {
+        "scores": dict(found.evaluation.scores),
+        "statistics": found.statistics.to_dict(),
+        "captions": rows,
+    }
+
+
+def _write_page(path: Path, found: Evaluation, title: str) -> None:
+    from caption_train.evaluation_page import Judged, write_worst_page
+    from caption_train.scores import cider_of_each
+
+    worth = cider_of_each(*_sides(found))
+    photos = [
+        Judged(image.path, caption, image.captions, worth[str(image.path)])
+        for image, caption in zip(found.images, found.captions, strict=True)
+    ]
+    write_worst_page(path, photos, title, found.scores)
