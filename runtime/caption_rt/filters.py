@@ -14,11 +14,11 @@ __all__ = ["Filter", "filters_of"]
 class Filter(Protocol):
     """Forbids words."""
 
-    def apply(self, log_probs: NDArray[np.float64], hypotheses: Sequence[Sequence[int]]) -> None:
+    def apply(self, log_probs: NDArray[np.float32], hypotheses: Sequence[Sequence[int]]) -> None:
         """Forbid in place.
 
         Args:
-            log_probs: float64 [m, V]: the next word's log-probabilities; what is forbidden becomes -inf.
+            log_probs: float32 [m, V]: the next word's log-probabilities; what is forbidden becomes -inf.
             hypotheses: the token ids of each of the m hypotheses so far, without the start token.
         """
 
@@ -45,7 +45,7 @@ class _Banned:
     def __init__(self, tokens: Collection[int]) -> None:
         self._tokens = np.array(sorted(tokens), dtype=np.int64)
 
-    def apply(self, log_probs: NDArray[np.float64], hypotheses: Sequence[Sequence[int]]) -> None:
+    def apply(self, log_probs: NDArray[np.float32], hypotheses: Sequence[Sequence[int]]) -> None:
         log_probs[:, self._tokens] = -np.inf
 
 
@@ -56,7 +56,7 @@ class _MinWords:
         self._words = words
         self._end_id = end_id
 
-    def apply(self, log_probs: NDArray[np.float64], hypotheses: Sequence[Sequence[int]]) -> None:
+    def apply(self, log_probs: NDArray[np.float32], hypotheses: Sequence[Sequence[int]]) -> None:
         for row, tokens in enumerate(hypotheses):
             if len(tokens) < self._words:
                 log_probs[row, self._end_id] = -np.inf
@@ -68,7 +68,7 @@ class _NoRepeatNgram:
     def __init__(self, size: int) -> None:
         self._before = size - 1
 
-    def apply(self, log_probs: NDArray[np.float64], hypotheses: Sequence[Sequence[int]]) -> None:
+    def apply(self, log_probs: NDArray[np.float32], hypotheses: Sequence[Sequence[int]]) -> None:
         for row, tokens in enumerate(hypotheses):
             last = list(tokens[len(tokens) - self._before :]) if self._before else []
             for position in range(len(tokens) - self._before):

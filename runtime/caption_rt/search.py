@@ -105,7 +105,7 @@ class Search:
         if self._words_left and len(self._images):
             self._words_left -= 1
             step = self._stepper.step(self._tokens, self._state, self._images)
-            log_probs = _checked(step.log_probs.astype(np.float64))
+            log_probs = _checked(np.array(step.log_probs, np.float32))  # a copy: filters change it
             live = [hypothesis.tokens for photo in self._photos for hypothesis in photo.live]
             for filter_ in self._filters:
                 filter_.apply(log_probs, live)
@@ -167,7 +167,7 @@ def decode(
     return search.results()
 
 
-def _checked(log_probs: NDArray[np.float64]) -> NDArray[np.float64]:
+def _checked(log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
     """The log-probabilities, if each row has one to choose; a value that is no number makes its row's maximum one."""
     highest = log_probs.max(axis=1)
     if np.isnan(highest).any():

@@ -15,6 +15,8 @@ __all__ = ["Beam", "Ended", "Hypothesis", "Live", "PhotoSearch", "Samples"]
 Ended: TypeAlias = Literal["end", "max_words", "no_word"]
 """Why a caption ended: the model said so; it was cut at the longest length; or the options left it no further word."""
 
+_BLOCK = 128
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -60,12 +62,12 @@ class PhotoSearch(Protocol):
         """Those that go on, a row of the decoder's batch each."""
 
     def advance(
-        self, log_probs: NDArray[np.float64], attention: NDArray[np.float32]
+        self, log_probs: NDArray[np.float32], attention: NDArray[np.float32]
     ) -> tuple[Sequence[int], Sequence[int]]:
         """Extend the live hypotheses by a word.
 
         Args:
-            log_probs: float64 [live, V], -inf where a token may not be chosen.
+            log_probs: float32 [live, V], -inf where a token may not be chosen. Sums of them are float64.
             attention: float32 [live, P].
 
         Returns:
@@ -132,22 +134,22 @@ class Beam(_Photo):
         super().__init__(options, end_id, 1)
 
     def advance(
-        self, log_probs: NDArray[np.float64], attention: NDArray[np.float32]
+        self, log_probs: NDArray[np.float32], attention: NDArray[np.float32]
     ) -> tuple[Sequence[int], Sequence[int]]:
         """Extend the live hypotheses by a word; see `PhotoSearch.advance`."""
         size, self._places = self._options.beam_size, attention.shape[1]
-        totals = log_probs + np.array([[live.log_prob] for live in self.live])
+        scores = np.array([live.log_prob for live in self.live])
         live: list[Live] = []
         parents: list[int] = []
         # At most one continuation of each of the `size` hypotheses is its end, so twice as many hold `size` that go on.
         # Greedy search goes no further than its first end.
-        for rank, (row, token) in enumerate(_best(totals, 2 * size if size > 1 else 1)):
-            parent = self.live[row]
+        for rank, (row, token) in enumerate(_best(log_probs, scores, 2 * size if size > 1 else 1)):
+            parent, word = self.live[row], float(log_probs[row, token])
             if token == self._end_id:
                 if rank < size:
-                    self._finish(parent._replace(log_prob=float(totals[row, token])), "end")
+                    self._finish(parent._replace(log_prob=parent.log_prob + word), "end")
             elif len(live) < size:
-                live.append(parent.extended(token, float(log_probs[row, token]), attention[row]))
+                live.append(parent.extended(token, word, attention[row]))
                 parents.append(row)
         if not live and not self._finished:
             for hypothesis in self.live:
@@ -188,7 +190,7 @@ class Samples(_Photo):
         ]
 
     def advance(
-        self, log_probs: NDArray[np.float64], attention: NDArray[np.float32]
+        self, log_probs: NDArray[np.float32], attention: NDArray[np.float32]
     ) -> tuple[Sequence[int], Sequence[int]]:
         """Extend the live hypotheses by a word; see `PhotoSearch.advance`."""
         self._places = attention.shape[1]
@@ -197,7 +199,7 @@ class Samples(_Photo):
             if log_probs[row].max() == -np.inf:
                 self._finish(parent, "no_word")
                 continue
-            token = self._draw(log_probs[row], stream)
+            token = self._draw(log_probs[row].astype(np.float64), stream)
             word = float(log_probs[row, token])
             if token == self._end_id:
                 self._finish(parent._replace(log_prob=parent.log_prob + word), "end")
@@ -249,17 +251,39 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
     )
 
 
-def _best(totals: NDArray[np.float64], count: int) -> list[tuple[int, int]]:
-    """The (row, column) of the highest values, best first; equal ones in the order of their position."""
-    flat = totals.ravel()
-    if count == 1:
-        candidates = np.array([flat.argmax()])
-    elif count < flat.size:
-        # Everything that is as good as the last one wanted, so that ties at the edge do not depend on the partition.
-        edge = np.partition(flat, flat.size - count)[flat.size - count]
-        candidates = np.flatnonzero(flat >= edge)
-    else:
-        candidates = np.arange(flat.size)
-    candidates = candidates[flat[candidates] > -np.inf]
-    order = np.argsort(-flat[candidates], kind="stable")[:count]
-    return [divmod(int(position), totals.shape[1]) for position in candidates[order]]
+def _best(log_probs: NDArray[np.float32], scores: NDArray[np.float64], count: int) -> list[tuple[int, int]]:
+    """The best continuations of a photo's hypotheses.
+
+    Args:
+        log_probs: float32 [live, V].
+        scores: float64 [live]: the log-probability of each hypothesis so far.
+        count: how many to find.
+
+    Returns:
+        The (row, column) of the `count` highest sums of both, best first, equal ones in the order of their position;
+        fewer where the others are minus infinity.
+    """
+    columns = log_probs.shape[1]
+    if len(scores) == count == 1:
+        column = int(log_probs.argmax())
+        return [(0, column)] if log_probs[0, column] > -np.inf else []
+    candidates = np.flatnonzero(log_probs >= _edges(log_probs, scores, count))
+    totals = log_probs.ravel()[candidates] + scores[candidates // columns]
+    order = np.argsort(-totals, kind="stable")[:count]
+    return [divmod(position, columns) for position in candidates[order[totals[order] > -np.inf]].tolist()]
+
+
+def _edges(log_probs: NDArray[np.float32], scores: NDArray[np.float64], count: int) -> NDArray[np.float32]:
+    """A value for each row, float32 [live, 1], that all of the `count` best continuations reach, and few others.
+
+    As many blocks as `count` have a continuation that is as good as the worst of these blocks' maxima, so the `count`
+    best are: the sums of all rows, megabytes for a wide beam, need be neither made nor sorted.
+    """
+    blocks = np.arange(0, log_probs.shape[1], _BLOCK)
+    highest = (np.maximum.reduceat(log_probs, blocks, axis=1) + scores[:, None]).ravel()
+    if count > len(highest):
+        return np.full((len(scores), 1), -np.inf, np.float32)
+    edge = np.partition(highest, len(highest) - count)[len(highest) - count]
+    # Far enough below that no rounding, here to float32 or in the sums, keeps one out.
+    lowest = edge - scores - 1e-6 * (1 + abs(edge) + np.abs(scores))
+    return np.asarray(lowest[:, None], dtype=np.float32)

@@ -98,6 +98,25 @@ def test_beam_search_is_the_reference_of_each_photo(beam_size, penalty, levels):
         assert facts(alone) == facts(hypotheses)
 
 
+@pytest.mark.parametrize("levels", [None, 3, 40])
+@pytest.mark.parametrize("beam_size", [1, 3, 40])
+def test_a_beam_over_thousands_of_words_is_the_reference(beam_size, levels):
+    """With so many words, few are looked at; with few levels, hundreds are as good as the last one that is kept."""
+    options = DecodeOptions(beam_size=beam_size, n_best=beam_size, length_penalty=0.7, max_words=4)
+    stepper = RandomStepper([3], vocabulary=2500, levels=levels)
+    (found,) = decode(stepper, options, **SPECIALS)
+    assert_same(facts(found), reference_beam(stepper, 0, options))
+
+
+def test_a_beam_takes_the_words_that_are_left():
+    """All but four words are forbidden, in a vocabulary of thousands."""
+    stepper = RandomStepper([1], vocabulary=2500)
+    ids = SPECIALS | {"banned": set(range(2500)) - {END, 100, 1000, 2000}}
+    (found,) = decode(stepper, DecodeOptions(beam_size=40, n_best=40, max_words=2), **ids)
+    assert {hypothesis.tokens[:1] for hypothesis in found} == {(), (100,), (1000,), (2000,)}
+    assert len(found) == 1 + 3 + 9
+
+
 def test_greedy_takes_the_most_likely_word_each_time():
     stepper = RandomStepper(list(range(30)))
     for photo, (hypothesis,) in enumerate(decode(stepper, DecodeOptions(max_words=6), **SPECIALS)):
