@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,6 +91,36 @@ def test_few_files_of_the_documented_layout(tmp_path: Path, photos: list[Path]) 
     facts = json.loads((cache.folder / "key.json").read_text(encoding="utf-8"))
     assert facts == {"format_version": 1, "key": "key", "grid_shape": [4, 3], "dtype": "float16", "shard_rows": 4}
     assert len((cache.folder / "index.jsonl").read_text(encoding="utf-8").splitlines()) == 10
+
+
+def test_half_of_the_tutorials_space(tmp_path: Path, photos: list[Path]) -> None:
+    """The tutorial keeps InceptionV3's 8 x 8 x 2048 as float32, 512 KiB a photo."""
+    cache = GridCache.open(tmp_path / "cache", "key", (64, 2048))
+    cache.fill(photos, lambda images: np.ones((len(images), 64, 2048), np.float32), read=read)
+    whole = sum(path.stat().st_size for path in cache.folder.iterdir())
+    assert whole / len(photos) == pytest.approx(256 * 1024, rel=1e-3)
+
+
+def test_writing_goes_on_while_the_network_works(tmp_path: Path, photos: list[Path]) -> None:
+    """The second batch is computed before the first has reached the disk, and an error of the first still comes up."""
+    cache = open_cache(tmp_path)
+    second, store = threading.Event(), cache._store
+
+    def late(*arguments: Any) -> int:
+        assert second.wait(60)
+        return store(*arguments)
+
+    def extract_seen(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if len(calls) == 1:
+            second.set()
+        calls.append(len(images))
+        return extract(images)
+
+    calls: list[int] = []
+    cache._store = late  # type: ignore[method-assign]
+    rows = cache.fill(photos, extract_seen, read=read, batch_size=5)
+    assert calls == [5, 5]
+    np.testing.assert_array_equal(cache.gather(rows), expected(photos))
 
 
 def test_only_what_is_missing_is_computed(tmp_path: Path, photos: list[Path]) -> None:

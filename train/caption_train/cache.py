@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caption_rt.errors import ImageError
+from caption_rt.threads import usable_cpus
 from caption_train.errors import TrainingError
 from caption_train.files import one_process, write_json
 
@@ -196,17 +197,28 @@ class GridCache:
     def _extract_all(
         self, wanted: dict[str, Path], extract: Extract, read: ReadPhoto, batch_size: int, *, progress: bool
     ) -> None:
-        """Photos (content hash -> file) through the network and to the disk, batch by batch."""
+        """Photos (content hash -> file) through the network and to the disk, batch by batch.
+
+        Photos are read ahead, and a batch is written while the network has the next one: whatever ends the loop, the
+        writer finishes what it was given.
+        """
         digests: list[str] = []
         photos: list[NDArray[np.uint8]] = []
+        writing: list[Future[int]] = []  # one batch at most
         with (
             _progress_bar(len(wanted), shown=progress) as advance,
             contextlib.closing(_read_ahead(wanted, read, window=2 * batch_size)) as ahead,
+            ThreadPoolExecutor(1) as writer,
         ):
 
+            def finish_writing() -> None:
+                while writing:
+                    advance(writing.pop().result())
+
             def finish_batch() -> None:
-                self._append(digests, self._to_float16(extract(np.stack(photos)), [wanted[d] for d in digests]))
-                advance(len(digests))
+                grids = extract(np.stack(photos))
+                finish_writing()
+                writing.append(writer.submit(self._store, tuple(digests), grids, [wanted[d] for d in digests]))
                 digests.clear()
                 photos.clear()
 
@@ -220,6 +232,12 @@ class GridCache:
                     finish_batch()
             if photos:
                 finish_batch()
+            finish_writing()
+
+    def _store(self, digests: Sequence[str], grids: NDArray[np.float32], paths: Sequence[Path]) -> int:
+        """Keep a batch; how many photos that are."""
+        self._append(digests, self._to_float16(grids, paths))
+        return len(digests)
 
     def _to_float16(self, grids: NDArray[np.float32], paths: Sequence[Path]) -> NDArray[np.float16]:
         expected = (len(paths), *self.grid_shape)
@@ -382,7 +400,7 @@ def _read_ahead(
 
 
 def _reader_threads() -> int:
-    return min(4, os.cpu_count() or 1)
+    return min(32, usable_cpus())
 
 
 @contextlib.contextmanager
