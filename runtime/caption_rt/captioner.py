@@ -1,12 +1,11 @@
 """Captioner: the class that other programs embed."""
 
-import hashlib
 import os
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +13,7 @@ from PIL import Image
 
 from caption_rt.bundle import Bundle, default_bundle_path
 from caption_rt.caption import Caption, Timing, Word
+from caption_rt.captioning import SearchArguments, caption_of, frozen, search_arguments
 from caption_rt.engine import Engine
 from caption_rt.errors import BundleError, EngineError, ImageError, OptionsError, printable
 from caption_rt.guard import Guarded, decode_guarded, faults_of
@@ -22,7 +22,6 @@ from caption_rt.options import DecodeOptions
 from caption_rt.pipeline import ahead
 from caption_rt.search import Search
 from caption_rt.sessions import EngineStepper, shared_engine
-from caption_rt.strategies import Hypothesis
 from caption_rt.threads import usable_cpus
 
 if TYPE_CHECKING:
@@ -365,67 +364,16 @@ class Captioner:
             else:
                 yield photo
 
-    def _searched(self, pixels: Sequence[NDArray[np.uint8]], options: DecodeOptions) -> "_Searched":
-        """What a search must know of the vocabulary and the photos."""
-        vocabulary = self._bundle.vocabulary
-        banned = set(vocabulary.unspoken_ids) - ({vocabulary.unk_id} if options.allow_unk else set())
-        for word in options.banned_words:
-            banned |= set(vocabulary.encode(word)) - {vocabulary.unk_id}
-
-        def photo_seed(photo: int) -> int:
-            # The photo's content rather than its place: it gets the same caption whatever photos come before it.
-            return int.from_bytes(hashlib.blake2b(pixels[photo].tobytes(), digest_size=8).digest(), "little")
-
-        return {
-            "start_id": vocabulary.start_id,
-            "end_id": vocabulary.end_id,
-            "banned": banned,
-            "photo_seed": photo_seed,
-        }
+    def _searched(self, pixels: Sequence[NDArray[np.uint8]], options: DecodeOptions) -> SearchArguments:
+        return search_arguments(self._bundle.vocabulary, pixels, options)
 
     def _word(self, token: int, log_prob: float, attention: NDArray[np.float32]) -> Word:
         grid = self._bundle.manifest.grid
-        return Word(self._bundle.vocabulary.words[token], token, log_prob, _frozen(attention, grid.rows, grid.columns))
+        return Word(self._bundle.vocabulary.words[token], token, log_prob, frozen(attention, grid.rows, grid.columns))
 
     def _caption_of(self, found: Guarded, provider: str, timing: Timing) -> Caption:
         grid = self._bundle.manifest.grid
-
-        def caption(hypothesis: Hypothesis, alternatives: tuple[Caption, ...] = ()) -> Caption:
-            words = tuple(self._bundle.vocabulary.words[token] for token in hypothesis.tokens)
-            return Caption(
-                text=" ".join(words),
-                tokens=hypothesis.tokens,
-                words=words,
-                log_prob=hypothesis.log_prob,
-                word_log_probs=hypothesis.log_probs,
-                attention=_frozen(hypothesis.attention, len(words), grid.rows, grid.columns),
-                ended=hypothesis.ended,
-                strategy=found.strategy,
-                retried_for=found.retried_for,
-                faults=faults_of(hypothesis),
-                provider=provider,
-                timing=timing,
-                alternatives=alternatives,
-            )
-
-        best, *others = found.hypotheses
-        return caption(best, tuple(caption(other) for other in others))
-
-
-class _Searched(TypedDict):
-    """Arguments of `Search`."""
-
-    start_id: int
-    end_id: int
-    banned: Collection[int]
-    photo_seed: Callable[[int], int]
-
-
-def _frozen(attention: NDArray[np.float32], *shape: int) -> NDArray[np.float32]:
-    """A view of that shape that nobody can write to."""
-    view = attention.reshape(shape)
-    view.setflags(write=False)
-    return view
+        return caption_of(found, self._bundle.vocabulary, (grid.rows, grid.columns), provider, timing)
 
 
 def _default_path() -> str | None:
