@@ -11,10 +11,10 @@ import click
 
 from caption_rt import __version__
 from caption_rt.console import run_command
-from caption_train.cli_data import fetch
+from caption_train.cli_data import fetch, report
 from caption_train.cli_distill import distill
 from caption_train.cli_evaluate import evaluate
-from caption_train.cli_train import train
+from caption_train.cli_train import show_settings, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,5 +49,5 @@ def command(verbose: bool) -> None:
     os.environ["KERAS_BACKEND"] = "tensorflow"  # there is no other for these models, whatever Keras is set to
 
 
-for _part in (fetch, train, evaluate, distill):
+for _part in (fetch, report, train, show_settings, evaluate, distill):
     command.add_command(_part)

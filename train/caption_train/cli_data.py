@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
-from caption_rt.console import say
+from caption_rt.console import echo, say
 from caption_rt.errors import OptionsError
-from caption_train.cli_options import FOLDER, PATH
+from caption_train.cli_options import COUNT, FOLDER, PATH, progress_bar
 
 _PARTS = ("annotations", "train", "val")
 _PROGRAM = "caption-train"
@@ -73,6 +74,58 @@ def fetch(
             return
     run(jobs, folder, _byte_bar, keep_archives=keep_archives)
     say(_PROGRAM, f"done; next: caption-train train {folder} RUN")
+
+
+@click.command()
+@click.argument("data", type=PATH)
+@click.option("--images", type=PATH, help="Folder of the photos, where it is not found beside the captions.")
+@click.option("--limit", type=click.IntRange(min=2), help="Take so many photos, as 'train' does.  [default: all]")
+@click.option("--validation-share", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2)
+@click.option("--data-seed", type=int, default=0, help="Decides which photos --limit and --validation-share take.")
+@click.option(
+    "--max-missing-share",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    help="Refuse a set of which more than this share of the photos is missing.",
+)
+@click.option(
+    "--vocabulary", type=COUNT, multiple=True, help="Try a vocabulary of so many words; may be given more than once."
+)
+@click.option("--no-photos", is_flag=True, help="Do not read the photos: nothing of damage and duplicates.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def report(
+    data: Path,
+    images: Path | None,
+    limit: int | None,
+    validation_share: float,
+    data_seed: int,
+    max_missing_share: float,
+    vocabulary: tuple[int, ...],
+    no_photos: bool,
+    as_json: bool,
+) -> None:
+    """Print what the data set DATA is like: counts, lengths, words, duplicates, missing and damaged photos.
+
+    DATA is what 'train' takes. Each photo is read once.
+    """
+    from caption_train.data_report import SIZES, as_text
+    from caption_train.data_report import report as examine
+    from caption_train.datasets import load_dataset
+
+    dataset = load_dataset(
+        data,
+        images=images,
+        limit=limit,
+        seed=data_seed,
+        validation_share=validation_share,
+        max_missing_share=max_missing_share,
+    )
+    count = 0 if no_photos else len(dataset.train) + len(dataset.validation) + len(dataset.test)
+    with progress_bar("photos", count) as advance:
+        found = examine(
+            dataset, sizes=vocabulary or SIZES, read_photos=not no_photos, on_photo=lambda: advance(1, "photos")
+        )
+    echo(json.dumps(found) if as_json else as_text(found))
 
 
 def _size(count: int | None) -> str:
