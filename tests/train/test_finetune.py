@@ -15,6 +15,7 @@ from caption_train.inception import (
     build_extractor,
     convolutions_below,
     extract_with,
+    load_extractor,
     load_extractor_weights,
     weights_key,
 )
@@ -35,16 +36,22 @@ def pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (3, 75, 75, 3), dtype=np.uint8)
 
 
-def source(folder: Path, extractor: keras.Model, pixels: np.ndarray, trainable_from: str) -> FineTunedBlocks:
-    lower, _ = lower_part(extractor, TINY, trainable_from)
-    outputs = extract_with(lower)(pixels)
+def source(
+    folder: Path, extractor: keras.Model, pixels: np.ndarray, trainable_from: str, dtype: tf.DType = tf.float32
+) -> FineTunedBlocks:
+    below, _ = lower_part(extractor, TINY, trainable_from)
+    outputs = extract_with(below)(pixels)
     cache = GridCache.open(folder, "key", outputs.shape[1:])
     paths = []
     for index in range(len(pixels)):
         paths.append(folder / f"{index}.bin")
         paths[-1].write_bytes(bytes([index]))
-    cache.fill(paths, extract_with(lower), read=lambda path: pixels[int(path.stem)])
-    return FineTunedBlocks(cache, extractor, trainable_from)
+    cache.fill(paths, extract_with(below), read=lambda path: pixels[int(path.stem)])
+    return FineTunedBlocks(cache, extractor, TINY, trainable_from, dtype)
+
+
+def lower(extractor: keras.Model, pixels: np.ndarray) -> np.ndarray:
+    return extract_with(lower_part(extractor, TINY, "mixed2")[0])(pixels).astype(np.float16)
 
 
 @pytest.mark.parametrize("block", ["mixed1", "mixed3"])
@@ -57,6 +64,22 @@ def test_both_parts_are_the_whole(extractor: keras.Model, pixels: np.ndarray, tm
     grid = made.grid(tf.constant(loaded), training=True).numpy()
     # The lower part's output was kept in float16: 11 bits.
     np.testing.assert_allclose(grid, whole[[2, 0]], rtol=1e-2, atol=2e-3 * whole.max())
+
+
+def test_products_in_bfloat16(pixels: np.ndarray, tmp_path: Path) -> None:
+    extractor = build_extractor(TINY)
+    exact = source(tmp_path, extractor, pixels, "mixed2").grid(pixels_below := lower(extractor, pixels), training=True)
+    made = source(tmp_path, extractor, pixels, "mixed2", tf.bfloat16)
+    grid = made.grid(pixels_below, training=True)
+    assert grid.dtype == tf.float32
+    error = np.linalg.norm(grid - exact) / np.linalg.norm(exact)
+    assert 0 < error < 0.02  # 8 bits, of which errors average out
+    assert {variable.dtype for variable in made.variables} == {"float32"}
+    made.save(tmp_path / "run")
+    saved, config = load_extractor(tmp_path / "run")
+    assert config == TINY
+    for mine, theirs in zip(saved.weights, extractor.weights, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_what_learns(extractor: keras.Model) -> None:
@@ -107,13 +130,13 @@ def test_a_gradient_step_moves_the_upper_part_alone(pixels: np.ndarray, tmp_path
 
 def test_the_lower_part_is_an_extractor_of_its_own(extractor: keras.Model) -> None:
     """A run that takes its grid from that block shares the cache, whose key has the weights in it."""
-    lower, config = lower_part(extractor, TINY, "mixed2")
+    below, config = lower_part(extractor, TINY, "mixed2")
     assert config == ExtractorConfig(0.1, 75, "mixed1")
     keras.utils.set_random_seed(3)
     own = build_extractor(config)
     for layer in own.layers:
         layer.set_weights(extractor.get_layer(layer.name).get_weights() if layer.weights else [])
-    assert weights_key(lower) == weights_key(own)
+    assert weights_key(below) == weights_key(own)
 
 
 def test_a_checkpoint_holds_the_upper_part(pixels: np.ndarray, tmp_path: Path) -> None:

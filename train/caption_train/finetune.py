@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -21,7 +22,14 @@ from numpy.typing import NDArray
 
 from caption_rt.errors import OptionsError
 from caption_train.cache import GridCache
-from caption_train.inception import BLOCKS, ExtractorConfig, block_before, build_extractor, copy_weights
+from caption_train.inception import (
+    BLOCKS,
+    ExtractorConfig,
+    block_before,
+    build_extractor,
+    copy_weights,
+    save_extractor,
+)
 
 
 def check_cut(layer: str, trainable_from: str) -> None:
@@ -68,18 +76,30 @@ def upper_part(extractor: keras.Model, trainable_from: str) -> keras.Model:
 class FineTunedBlocks:
     """The upper part of an extractor over a cache of its lower part; a `caption_train.sources.FeatureSource`."""
 
-    def __init__(self, cache: GridCache, extractor: keras.Model, trainable_from: str) -> None:
+    def __init__(
+        self,
+        cache: GridCache,
+        extractor: keras.Model,
+        config: ExtractorConfig,
+        trainable_from: str,
+        dtype: tf.DType = tf.float32,
+    ) -> None:
         """Cut the extractor.
 
         Args:
             cache: What the lower part (see `lower_part`) said of the photos.
             extractor: The whole, which learns in place.
+            config: Of the whole.
             trainable_from: The first block that learns.
+            dtype: float32 or bfloat16, in which the upper part computes; its weights are float32 in any case.
         """
-        self._cache, self.extractor = cache, extractor
+        self._cache, self._extractor, self._config = cache, extractor, config
         self._upper = upper_part(extractor, trainable_from)
         rows, columns, channels = extractor.output_shape[1:]
         self._grid_shape = (rows * columns, channels)
+        if dtype == tf.bfloat16:
+            for layer in self._upper.layers[:-1]:  # the last one gives the grid in float32
+                layer.dtype_policy = keras.DTypePolicy("mixed_bfloat16")
 
     @property
     def grid_shape(self) -> tuple[int, int]:
@@ -101,6 +121,10 @@ class FineTunedBlocks:
     def parts(self) -> Mapping[str, Any]:
         """The upper part."""
         return {"extractor": self._upper}
+
+    def save(self, folder: Path) -> None:
+        """Write the whole extractor as it is now into a run folder."""
+        save_extractor(self._extractor, self._config, folder)
 
     def load(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """Read the lower part's outputs, float16 [n, places, channels]; see `FeatureSource`."""
