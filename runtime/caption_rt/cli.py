@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 import caption_rt
-from caption_rt.command_options import GroupedCommand, is_given, options
+from caption_rt.command_options import OPTION_NAMES, GroupedCommand, is_given, options
 from caption_rt.console import echo, run_command
-from caption_rt.runs import Request, load_captioner, run
+from caption_rt.request import Request
+from caption_rt.runs import load_captioner, run
 
 __all__ = ["main"]
 
@@ -24,13 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 4 if no photo was captioned, 6 if some were and some not; 130 after Ctrl-C and 143 after
         SIGTERM; or that of an error: see `caption_rt.console.run_command`.
     """
-    return run_command(command, "caption-rt", arguments)
+    return run_command(command, "caption-rt", arguments, names=OPTION_NAMES)
 
 
 @click.command(
     cls=GroupedCommand,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 all captioned, 4 none, 6 some; 2 wrong usage, 3 the model, 5 the device, 1 all else.",
+    epilog="Exit codes: 0 all captioned, or none found; 4 none captioned, 6 some; 2 wrong usage, 3 the model, "
+    "5 the device, 1 all else.",
 )
 @click.argument("images", metavar="[IMAGE|FOLDER|ADDRESS|-]...", nargs=-1)
 @options

@@ -7,12 +7,24 @@ from typing import Any, TypeVar
 
 import click
 
-from caption_rt.errors import printable
+from caption_rt.errors import printable, shown
 from caption_rt.options import DecodeOptions
 from caption_rt.outputs import EXISTING
 from caption_rt.writers import FORMATS
 
-__all__ = ["Amount", "GroupedCommand", "GroupedOption", "decode_options", "is_given", "options"]
+__all__ = [
+    "OPTION_NAMES",
+    "Amount",
+    "BundleName",
+    "GroupedCommand",
+    "GroupedOption",
+    "Name",
+    "check_sampling",
+    "decode_options",
+    "is_given",
+    "options",
+    "word_options",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -62,6 +74,29 @@ class Amount(click.ParamType):  # type: ignore[type-arg]  # generic since click 
         return int(float(found[1]) * self._base ** _UNITS[found[2]])
 
 
+class Name(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.3 only
+    """The name of a file: anything but nothing, which is what a variable gives that was never set."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name."""
+        if not value:
+            self.fail("the name is empty", param, ctx)
+        return str(value)
+
+
+class BundleName(Name):
+    """The name of a bundle, which is never fetched."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name."""
+        name = super().convert(value, param, ctx)
+        if name.lower().startswith(("http://", "https://")):
+            self.fail(f"{shown(name)} is an address: fetch the bundle, and name its folder or zip file", param, ctx)
+        return name
+
+
 def decode_options(defaults: DecodeOptions, given: Mapping[str, Any]) -> DecodeOptions:
     """How to decode, by a model's own choice and what was given on the command line.
 
@@ -84,6 +119,20 @@ def decode_options(defaults: DecodeOptions, given: Mapping[str, Any]) -> DecodeO
     return replace(defaults, **values)
 
 
+def check_sampling(given: Mapping[str, Any]) -> None:
+    """See that options of sampling come with --sample.
+
+    Args:
+        given: the command's options by name.
+
+    Raises:
+        click.UsageError: one does not.
+    """
+    sampling = [name for name in ("temperature", "top_k", "top_p", "seed") if given[name] is not None]
+    if sampling and not given["sample"]:
+        raise click.UsageError(f"--{sampling[0].replace('_', '-')} needs --sample")
+
+
 def is_given(value: object) -> bool:
     """Whether an option without a default was named on the command line; 0 was, although it equals False."""
     return value is not None and value is not False and value != ()
@@ -104,6 +153,14 @@ _DECODING = {
     "ban": "banned_words",
     "allow_unk": "allow_unk",
 }
+
+
+OPTION_NAMES: Mapping[str, str] = {
+    **{name: f"--{option.replace('_', '-')}" for option, name in _DECODING.items()},
+    **{name: f"--{name.replace('_', '-')}" for name in ("max_pixels", "max_bytes", "batch_size", "ledger")},
+    **{"intra_op_threads": "--threads", "include": "--include", "exclude": "--exclude", "null": "-0"},
+}
+"""The options that stand for our parameters; see `caption_rt.errors.Parameter`."""
 
 
 def _group(heading: str, *declared: tuple[Sequence[str], dict[str, Any]]) -> list[Callable[[F], F]]:
@@ -135,7 +192,7 @@ _PHOTOS: list[Callable[[Any], Any]] = _group(
     ),
     (
         ("-0", "--null"),
-        {"is_flag": True, "help": "Paths on standard input end in a zero byte (find -print0), not a line break."},
+        {"is_flag": True, "help": "Names on standard input end in a zero byte (find -print0), not a line break."},
     ),
     (
         ("--max-pixels",),
@@ -151,7 +208,11 @@ _OUTPUT: list[Callable[[Any], Any]] = _group(
     "Output",
     (
         ("-o", "--output"),
-        {"metavar": "FILE", "help": "Write to FILE (.jsonl, .csv, .tsv, .html) rather than standard output."},
+        {
+            "type": Name(),
+            "metavar": "FILE",
+            "help": "Write to FILE (.jsonl, .csv, .tsv, .html) rather than standard output, which is -.",
+        },
     ),
     (
         ("--format", "format_name"),
@@ -171,12 +232,29 @@ _OUTPUT: list[Callable[[Any], Any]] = _group(
         },
     ),
     (
+        ("--ledger",),
+        {
+            "type": Name(),
+            "metavar": "FILE",
+            "help": "Where to remember what is done. Default: FILE.ledger beside the output; for txt and xmp "
+            ".caption-rt.ledger in the first folder that is named.",
+        },
+    ),
+    (
         ("--errors",),
-        {"metavar": "FILE", "help": "Write photos that cannot be captioned, and why, to FILE as JSON lines."},
+        {
+            "type": Name(),
+            "metavar": "FILE",
+            "help": "Write photos that cannot be captioned, and why, to FILE as JSON lines.",
+        },
     ),
     (
         ("--plot",),
-        {"metavar": "FILE", "help": "Write where the model looked for each word (PNG, SVG, PDF); one photo only."},
+        {
+            "type": Name(),
+            "metavar": "FILE",
+            "help": "Write where the model looked for each word (PNG, SVG, PDF); one photo only.",
+        },
     ),
     (("--show",), {"is_flag": True, "help": "Show the same in a window; one photo only."}),
 )
@@ -187,7 +265,7 @@ _DECODE: list[Callable[[Any], Any]] = _group(
     (("--length-penalty",), {"type": float, "metavar": "A", "help": "Above 0, a beam favours longer captions."}),
     (
         ("--n-best",),
-        {"type": int, "metavar": "N", "help": "Give the N best captions; in the format jsonl. Widens the beam to N."},
+        {"type": int, "metavar": "N", "help": "Give the N best captions; with --json alone. Widens the beam to N."},
     ),
     (("--sample",), {"is_flag": True, "help": "Draw words by their probability rather than search."}),
     (("--temperature",), {"type": float, "metavar": "T", "help": "With --sample: below 1 keeps to likely words."}),
@@ -215,7 +293,11 @@ _MACHINE: list[Callable[[Any], Any]] = _group(
     "Model and machine",
     (
         ("--model",),
-        {"metavar": "BUNDLE", "help": "Folder or zip file of the model; the one that came along by default."},
+        {
+            "type": BundleName(),
+            "metavar": "BUNDLE",
+            "help": "Folder or zip file of the model; the one that came along by default.",
+        },
     ),
     (
         ("--device",),
@@ -246,6 +328,15 @@ _MACHINE: list[Callable[[Any], Any]] = _group(
 
 def options(command: F) -> F:
     """Add all options to a command."""
-    for option in reversed([*_PHOTOS, *_OUTPUT, *_DECODE, *_MACHINE]):
+    return _with(command, [*_PHOTOS, *_OUTPUT, *_DECODE, *_MACHINE])
+
+
+def word_options(command: F) -> F:
+    """Add the options that `decode_options` reads to a command."""
+    return _with(command, _DECODE)
+
+
+def _with(command: F, added: Sequence[Callable[[Any], Any]]) -> F:
+    for option in reversed(added):
         command = option(command)
     return command

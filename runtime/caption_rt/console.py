@@ -4,11 +4,11 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
-from caption_rt.errors import CaptionError, OptionsError, printable
+from caption_rt.errors import CaptionError, OptionsError, printable, remedy_of
 
 __all__ = ["complain", "echo", "run_command", "say"]
 
@@ -22,6 +22,7 @@ def run_command(
     arguments: Sequence[str] | None = None,
     *,
     extra: str | None = None,
+    names: Mapping[str, str] | None = None,
     interrupted: str = "interrupted",
 ) -> int:
     """Run a command and turn whatever ends it into a sentence and an exit code.
@@ -31,6 +32,7 @@ def run_command(
         name: the program's name.
         arguments: the command's arguments; None for those of the process.
         extra: the extra that brings what the command imports, beyond what caption-rt itself needs.
+        names: what the command's errors call our parameters, as `CaptionError.renamed` takes it.
         interrupted: what is said after Ctrl-C.
 
     Returns:
@@ -53,7 +55,7 @@ def run_command(
         sys.stdout.flush()
         return int(code or 0)
     except CaptionError as exc:
-        complain(name, str(exc))
+        complain(name, str(exc.renamed(names or {})))
         return exc.exit_code
     except click.UsageError as exc:
         asked = exc.ctx.command_path if exc.ctx else name
@@ -73,7 +75,8 @@ def run_command(
         reason = exc.strerror or exc
         if exc.filename is None:
             _drop_output()
-        complain(name, f"{exc.filename or 'the output cannot be written'}: {reason}")
+        remedy = remedy_of(exc)
+        complain(name, f"{exc.filename or 'the output cannot be written'}: {reason}{remedy and ': '}{remedy}")
         return CaptionError.exit_code
 
 

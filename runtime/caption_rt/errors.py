@@ -122,5 +122,5 @@ def shown(name: object) -> str:
 
 
 def remedy_of(exc: OSError) -> str:
-    """What can be done about a file that cannot be written, as the end of a sentence."""
-    return _REMEDIES.get(exc.errno or 0, "mend that")
+    """What can be done about a file that cannot be written, as the end of a sentence; empty if nobody knows."""
+    return _REMEDIES.get(exc.errno or 0, "")

@@ -27,8 +27,8 @@ class Interrupts:
         self.signal: int | None = None
         """The first signal that came."""
         self._lines = (
-            f"{name}: the photos in hand are finished; once more ends at once",
-            f"{name}: ended at once{comfort and '; '}{comfort}",
+            f"{name}: stopping: the photos in work are finished first (Ctrl-C once more stops at once)",
+            f"{name}: stopped at once{comfort and '; '}{comfort}",
         )
         self._before: dict[int, Any] = {}
 

@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from caption_rt.errors import CaptionError, OptionsError, printable
+from caption_rt.errors import CaptionError, OptionsError, Parameter, printable
 
-__all__ = ["DamagedLedger", "Ledger", "Row", "key_of"]
+__all__ = ["SIDECARS", "DamagedLedger", "Ledger", "NoLedger", "Row", "check_ledger", "key_of"]
 
 # SQLite's header (https://www.sqlite.org/fileformat.html, section 1.3): a magic string; at byte 68 whose file it is.
 _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES, _APPLICATION = 100, int.from_bytes(b"cprt", "big")
 _VERSION = 1
+
+SIDECARS = "sidecars"
+"""The fact "format" of a ledger of sidecars, and of no output file."""
+
+_LEDGER = Parameter("ledger")
 
 _COLUMNS = "key, digest, options, error, line, before, own"
 _TABLES = """
@@ -43,8 +48,16 @@ CREATE INDEX without_digest ON records (seq) WHERE digest IS NULL;
 """
 
 
+# What SQLite says where a file or its folder cannot be written.
+_NO_PLACE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM)
+
+
 class DamagedLedger(CaptionError):
     """A ledger of ours that SQLite cannot read any more."""
+
+
+class NoLedger(OptionsError):
+    """A file that is no database at all where a ledger should be."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,7 @@ class Ledger:
             path: the file.
 
         Raises:
-            OptionsError: the file is not a ledger, or of a newer version.
+            OptionsError: the file is not a ledger, or of a newer version; `NoLedger` where it is no database.
             DamagedLedger: it is damaged.
             CaptionError: another process has it, or it cannot be read or written.
         """
@@ -233,9 +246,15 @@ class Ledger:
         except FileNotFoundError:
             return
         except OSError as exc:
-            raise CaptionError(f"the ledger {self._name} cannot be read: {printable(exc.strerror or exc)}") from exc
-        if not header.startswith(_MAGIC) or int.from_bytes(header[68:72], "big") != _APPLICATION:
-            raise OptionsError(f"{self._name} is not a ledger of caption-rt: move it away, or choose another output")
+            reason = printable(exc.strerror or exc)
+            raise CaptionError(
+                f"the ledger {self._name} cannot be read ({reason}): mend that, or name another with ", _LEDGER
+            ) from exc
+        sentence = (f"{self._name} is not a ledger of caption-rt: move it away, or name another with ", _LEDGER)
+        if not header.startswith(_MAGIC):
+            raise NoLedger(*sentence)
+        if int.from_bytes(header[68:72], "big") != _APPLICATION:
+            raise OptionsError(*sentence)
 
     def _begin(self) -> None:
         run = self._database.execute
@@ -277,12 +296,38 @@ class Ledger:
                     f"the ledger {self._name} cannot be written ({exc}): make room on the disk, and give the same "
                     "command again to go on"
                 ) from exc
-            raise CaptionError(f"the ledger {self._name} cannot be used: {exc}") from exc
+            if code in _NO_PLACE:
+                raise _no_place(self.path) from exc
+            raise CaptionError(f"the ledger {self._name} cannot be used ({exc}): name another with ", _LEDGER) from exc
 
 
 def _row(values: tuple[Any, ...]) -> Row:
     key, digest, options, error, line, before, own = values
     return Row(key, digest, options, error, line, before, bool(own))
+
+
+def check_ledger(path: Path) -> None:
+    """Refuse a place for a ledger before anything is loaded or changed.
+
+    Raises:
+        OptionsError: it is a folder, or in a folder that does not exist.
+        CaptionError: nothing can be written there.
+    """
+    if path.is_dir():
+        raise OptionsError(f"the ledger {printable(path)} is a folder: name a file with ", _LEDGER)
+    if not path.parent.is_dir():
+        raise OptionsError(f"the folder of the ledger {printable(path)} does not exist: make it first")
+    # SQLite makes a journal beside it.
+    if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise _no_place(path)
+
+
+def _no_place(path: Path) -> CaptionError:
+    return CaptionError(
+        f"the ledger {printable(path)}, by which a run goes on where it stopped, cannot be written there: name a place "
+        "where it can be with ",
+        _LEDGER,
+    )
 
 
 def key_of(path: str, folder: Path) -> bytes:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from caption_rt.errors import CaptionError, OptionsError, printable
-from caption_rt.ledger import DamagedLedger, Ledger, Row, key_of
+from caption_rt.errors import CaptionError, OptionsError, printable, remedy_of
+from caption_rt.ledger import SIDECARS, DamagedLedger, Ledger, NoLedger, Row, check_ledger, key_of
 from caption_rt.outputs import Entry, Known, RunKey, digest_of
 from caption_rt.sources import Source
 from caption_rt.writers import LineWriter
@@ -19,18 +19,30 @@ _CHUNK = 1 << 20
 _BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 
 
-def check_output(path: Path, existing: str) -> None:
+def check_output(path: Path, existing: str, ledger: Path | None = None) -> None:
     """Refuse an output file before anything is loaded or changed.
+
+    Args:
+        path: the file.
+        existing: one of `caption_rt.outputs.EXISTING`.
+        ledger: where its ledger is; None for beside it.
 
     Raises:
         OptionsError: it is a folder, its folder is not there, or it is not ours and would have to be changed.
+        CaptionError: it, or its ledger, cannot be written where it is.
     """
     name = printable(path)
     if path.is_dir():
         raise OptionsError(f"the output {name} is a folder: name a file")
     if not path.parent.is_dir():
         raise OptionsError(f"the folder of the output {name} does not exist: make it first")
-    if existing in ("resume", "skip") and _size(path) and not _ledger_path(path).exists():
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        what = "it" if path.exists() else "its folder"
+        raise CaptionError(
+            f"the output {name} cannot be written, because {what} is read-only: change that, or write it elsewhere"
+        )
+    check_ledger(ledger or _ledger_path(path))
+    if existing in ("resume", "skip") and _size(path) and not (ledger or _ledger_path(path)).exists():
         raise OptionsError(
             f"the output {name} exists and was not written by caption-rt, or its ledger is gone: choose another, or "
             "--existing append or overwrite"
@@ -38,7 +50,7 @@ def check_output(path: Path, existing: str) -> None:
 
 
 class FileOutput:
-    """Lines of records in one file, and beside it the ledger: the file's name and ``.ledger``.
+    """Lines of records in one file, and its ledger: beside it, the file's name and ``.ledger``, or elsewhere.
 
     A batch of records is committed to the ledger, then appended to the file in one piece and flushed to the disk. The
     file is therefore always the beginning of what the ledger says it should be. When an unfinished run is taken up, the
@@ -59,7 +71,15 @@ class FileOutput:
     - "overwrite": file and ledger are made anew.
     """
 
-    def __init__(self, path: Path, format_name: str, writer: LineWriter, existing: str, key: RunKey) -> None:
+    def __init__(
+        self,
+        path: Path,
+        format_name: str,
+        writer: LineWriter,
+        existing: str,
+        key: RunKey,
+        ledger: Path | None = None,
+    ) -> None:
         """Open the output and bring it in order.
 
         Args:
@@ -68,6 +88,7 @@ class FileOutput:
             writer: the format.
             existing: one of `caption_rt.outputs.EXISTING`.
             key: what records depend on.
+            ledger: where its ledger is; None for beside it.
 
         Raises:
             OptionsError: the file is not ours, was edited, or is of another format.
@@ -79,9 +100,10 @@ class FileOutput:
         self._existing = existing
         self._key = key
         self._folder = Path(os.path.abspath(path)).parent
+        self._named_ledger = ledger is not None
         self._bad_folders: set[bytes] = set()
-        check_output(path, existing)
-        self._ledger = self._open_ledger()
+        check_output(path, existing, ledger)
+        self._ledger = self._open_ledger(ledger)
         self._file = -1
         try:
             self._take_up(format_name)
@@ -98,7 +120,7 @@ class FileOutput:
 
     def known(self, source: Source) -> Known | None:
         """What is there of a photo; see `caption_rt.outputs.Output`."""
-        row = self._ledger.find(self._key_of(source, None if source.data is None else digest_of(source.data)))
+        row = self._ledger.find(self._key_of(source))
         if row is None:
             return None
         if self._existing == "skip" and row.digest is not None:
@@ -139,7 +161,7 @@ class FileOutput:
 
     def _record(self, entry: Entry) -> bytes | None:
         """Put a record into the ledger; its line if the output is to have it."""
-        key = self._key_of(entry.source, entry.digest)
+        key = self._key_of(entry.source)
         error = entry.error
         old = self._ledger.find(key)
         if entry.source.error is not None:
@@ -161,9 +183,9 @@ class FileOutput:
         path = os.path.join(self._folder, os.fsdecode(key))
         return key not in self._bad_folders and os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
 
-    def _key_of(self, source: Source, digest: bytes | None) -> bytes:
+    def _key_of(self, source: Source) -> bytes:
         if source.data is not None:  # standard input holds another photo each time
-            return b"-\0" + (digest or b"")
+            return b"-\0" + digest_of(source.data)
         if source.is_address:
             return os.fsencode(source.path)
         return key_of(source.path, self._folder)
@@ -173,8 +195,8 @@ class FileOutput:
         assert isinstance(value, int)
         return value
 
-    def _open_ledger(self) -> Ledger:
-        path = _ledger_path(self._path)
+    def _open_ledger(self, elsewhere: Path | None) -> Ledger:
+        path = elsewhere or _ledger_path(self._path)
         if self._existing in ("append", "overwrite"):
             try:
                 ledger = Ledger(path)
@@ -185,12 +207,25 @@ class FileOutput:
             except DamagedLedger:
                 path.unlink()
                 path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
+            except NoLedger:
+                # What has the name of our ledger goes with the output; what was named itself may be anything.
+                if elsewhere is not None or self._existing == "append":
+                    raise
+                path.unlink()
         return Ledger(path)
 
     def _take_up(self, format_name: str) -> None:
         """Make the ledger fit to the file that is there and to what is to happen to it."""
         ours = self._ledger.fact("format")
         assert not isinstance(ours, bytes)
+        if ours == SIDECARS:
+            raise OptionsError(f"the ledger {printable(self._ledger.path)} is that of sidecars: name another")
+        output = self._ledger.fact("output", printable(self._path.name))
+        if output != printable(self._path.name) and self._named_ledger:
+            raise OptionsError(
+                f"the ledger {printable(self._ledger.path)} is that of {printable(output)}, and not of {self._name}: "
+                "name another"
+            )
         if self._existing == "overwrite":
             if _size(self._path):
                 os.truncate(self._path, 0)
@@ -234,6 +269,7 @@ class FileOutput:
             self._ledger.set_facts(
                 format=format_name, header=header, base=base, size=base + len(header), synced=base, state="running"
             )
+            self._ledger.set_facts(output=printable(self._path.name))
 
     def _adopt(self) -> int:
         """Make sure that lines can be added to the file; its size.
@@ -337,8 +373,8 @@ class FileOutput:
 
     def _cannot_write(self, exc: OSError) -> CaptionError:
         return CaptionError(
-            f"the output {self._name} cannot be written ({printable(exc.strerror or exc)}): mend that, and give the "
-            "same command again to go on"
+            f"the output {self._name} cannot be written ({printable(exc.strerror or exc)}): "
+            f"{remedy_of(exc) or 'mend that'}, and give the same command again to go on"
         )
 
     def _write_anew(self) -> None:

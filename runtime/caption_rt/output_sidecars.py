@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from caption_rt.errors import CaptionError, printable
-from caption_rt.ledger import DamagedLedger, Ledger, Row, key_of
+from caption_rt.errors import CaptionError, OptionsError, Parameter, printable, remedy_of, shown
+from caption_rt.ledger import SIDECARS, DamagedLedger, Ledger, Row, key_of
 from caption_rt.outputs import Entry, Known, RunKey, digest_of
 from caption_rt.sidecars import namesakes, sidecar_bytes, sidecar_path
 from caption_rt.sources import Source
@@ -21,7 +21,7 @@ _ITS_OWN = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR
 
 
 def sidecar_ledger(arguments: Sequence[str], shard: tuple[int, int] | None) -> Path:
-    """Where the ledger of a run's sidecars is: in the first folder that is named, else in the current one.
+    """Where the ledger of a run's sidecars is unless told: in the first folder that is named, else in the current one.
 
     Args:
         arguments: what is to be captioned.
@@ -70,7 +70,7 @@ class SidecarOutput:
         try:
             self._ledger = Ledger(path)
             try:
-                self._settle()
+                self._take_up()
             except BaseException:
                 self._ledger.close()
                 raise
@@ -125,6 +125,16 @@ class SidecarOutput:
         """Give the ledger back."""
         self._ledger.close()
 
+    def _take_up(self) -> None:
+        if self._ledger.fact("format", SIDECARS) != SIDECARS:
+            raise OptionsError(
+                f"the ledger {printable(self._ledger.path)} is that of an output file: name another with ",
+                Parameter("ledger"),
+            )
+        self._settle()
+        with self._ledger.transaction():
+            self._ledger.set_facts(format=SIDECARS)
+
     def _settle(self) -> None:
         """Write the sidecars that the last run committed to and did not come to write."""
         for row in self._ledger.unsettled():
@@ -163,7 +173,10 @@ class SidecarOutput:
         """
         if _without_place(entry.source):
             if entry.source.error is None:
-                raise CaptionError(f"{entry.source.name} has no place for a sidecar beside it: save it as a file first")
+                raise CaptionError(
+                    f"{entry.source.name} has no place for a sidecar beside it: save it as a file first",
+                    reason="has no place for a sidecar beside it",
+                )
             return None
         path = self._path_of(entry.source)
         key, error = self._key_of(path), entry.error
@@ -220,7 +233,10 @@ def _read(path: Path) -> bytes | None:
         return None
     except OSError as exc:
         reason = printable(exc.strerror or exc)
-        raise _Unreadable(f"the sidecar {printable(path)} cannot be read ({reason}): mend that") from exc
+        raise _Unreadable(
+            f"the sidecar {shown(path)} cannot be read ({reason}): mend that, or move it away",
+            reason=f"has a sidecar that cannot be read ({reason})",
+        ) from exc
 
 
 def _replace(path: Path, data: bytes) -> CaptionError | None:
@@ -244,9 +260,13 @@ def _replace(path: Path, data: bytes) -> CaptionError | None:
     except OSError as exc:
         with contextlib.suppress(OSError):
             fresh.unlink()
+        reason = printable(exc.strerror or exc)
+        remedy = f"{remedy_of(exc) or 'mend that'}, and give the same command again to go on"
+        if exc.errno == errno.EROFS:  # nor can another sidecar of it be
+            remedy = "write one output elsewhere with -o"
         error = CaptionError(
-            f"the sidecar {printable(path)} cannot be written ({printable(exc.strerror or exc)}): mend that, and give "
-            "the same command again to go on"
+            f"the sidecar {shown(path)} cannot be written ({reason}): {remedy}",
+            reason=f"has a sidecar that cannot be written ({reason})",
         )
         if exc.errno in _ITS_OWN:
             return error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from caption_rt.errors import CaptionError
-from caption_rt.records import Record
+from caption_rt.records import Record, error_fields
 from caption_rt.sources import Source
 
 __all__ = ["EXISTING", "Entry", "Known", "Output", "RunKey", "StreamOutput", "digest_of"]
@@ -39,11 +39,9 @@ class Entry:
 
     @property
     def error(self) -> str | None:
-        """The record's error as JSON with "class" and "message"; None for a caption."""
+        """The record's error as JSON, as `error_fields` gives it; None for a caption."""
         result = self.record.result
-        if not isinstance(result, CaptionError):
-            return None
-        return json.dumps({"class": type(result).__name__, "message": str(result)})
+        return json.dumps(error_fields(result)) if isinstance(result, CaptionError) else None
 
     def failed(self, error: CaptionError) -> "Entry":
         """The entry with an error in the caption's place."""

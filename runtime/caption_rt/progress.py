@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import stat
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from caption_rt.errors import CaptionError, ImageError, OptionsError, printable
+from caption_rt.errors import CaptionError, ImageError, OptionsError, printable, remedy_of, shown
 
 if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
@@ -23,8 +22,8 @@ __all__ = ["SOME_FAILED", "Bar", "ErrorsFile", "Tally"]
 SOME_FAILED = 6
 """The exit code where some photos have their caption and some have none."""
 
-# Kinds of error that a summary counts apart, and examples that it gives of each.
-_KINDS, _EXAMPLES = 12, 3
+# Reasons that a summary counts apart, and examples that it gives of each.
+_REASONS, _EXAMPLES = 12, 3
 
 
 class Tally:
@@ -41,7 +40,7 @@ class Tally:
         self.failed = 0
         """Photos without a caption, by this run or an earlier one."""
         self._start = perf_counter()
-        self._kinds: dict[str, tuple[int, list[str]]] = {}
+        self._reasons: dict[str, tuple[int, list[str]]] = {}
 
     @property
     def total(self) -> int:
@@ -60,20 +59,16 @@ class Tally:
             return 0
         return SOME_FAILED if self.captioned or self.done else ImageError.exit_code
 
-    def fail(self, path: str, message: str) -> None:
-        """Count a photo without a caption."""
+    def fail(self, path: str, reason: str) -> None:
+        """Count a photo without a caption, with the reason that its error states."""
         self.failed += 1
-        name = printable(path)
-        kind = _kind(message, name)
-        if kind not in self._kinds and len(self._kinds) >= _KINDS:
-            kind = "other reasons"
-        count, examples = self._kinds.setdefault(kind, (0, []))
+        count, examples = self._reasons.setdefault(reason, (0, []))
         if len(examples) < _EXAMPLES:
-            examples.append(name)
-        self._kinds[kind] = count + 1, examples
+            examples.append(shown(path))
+        self._reasons[reason] = count + 1, examples
 
     def lines(self) -> list[str]:
-        """The summary, a sentence and a line for each kind of error."""
+        """The summary, a sentence and a line for each reason, the most frequent first."""
         seconds = self.seconds
         text = f"captioned {_photos(self.captioned)} in {seconds:.1f} s"
         if self.captioned:
@@ -83,14 +78,19 @@ class Tally:
         if self.left:
             text += f"; {self.left} left alone"
         lines = [f"{text}; {self.failed} failed{':' if self.failed else ''}"]
-        for kind, (count, examples) in sorted(self._kinds.items(), key=lambda item: -item[1][0]):
+        reasons = sorted(self._reasons.items(), key=lambda item: -item[1][0])
+        if len(reasons) > _REASONS:
+            rest = [found for _, found in reasons[_REASONS - 1 :]]
+            examples = [name for _, names in rest for name in names][:_EXAMPLES]
+            reasons[_REASONS - 1 :] = [(f"{len(rest)} other reasons", (sum(count for count, _ in rest), examples))]
+        for reason, (count, examples) in reasons:
             more = ", ..." if count > len(examples) else ""
-            lines.append(f"  {count} x {kind}: {', '.join(examples)}{more}")
+            lines.append(f"  {count} x {printable(reason)}: {', '.join(examples)}{more}")
         return lines
 
 
 class ErrorsFile:
-    """The bad records of a run as JSON lines, each with "path", "class" and "message"; put in its place at the end."""
+    """The bad records of a run as JSON lines, each with its path and `error_fields`; put in its place at the end."""
 
     def __init__(self, path: Path) -> None:
         """Begin the file under a temporary name; a pipe or device is written as it comes.
@@ -102,7 +102,10 @@ class ErrorsFile:
         self._target = Path(os.path.realpath(path))
         self._direct = _is_stream(path)
         self._fresh = self._target if self._direct else self._target.with_name(f".{self._target.name}.part")
-        self._file: IO[bytes] = self._fresh.open("wb")
+        try:
+            self._file: IO[bytes] = self._fresh.open("wb")
+        except OSError as exc:
+            raise self._cannot_write(exc) from exc
 
     @staticmethod
     def check(path: Path, *, replace: bool) -> None:
@@ -114,11 +117,14 @@ class ErrorsFile:
 
         Raises:
             OptionsError: the file is there and holds something else, or its folder is not there.
+            CaptionError: its folder is read-only.
         """
         if not path.parent.is_dir():
             raise OptionsError(f"the folder of {printable(path)} does not exist: make it first")
         if path.is_dir():
             raise OptionsError(f"{printable(path)} is a folder: name a file for --errors")
+        if not _is_stream(path) and not os.access(Path(os.path.realpath(path)).parent, os.W_OK):
+            raise CaptionError(f"the folder of {printable(path)} is read-only: write --errors elsewhere")
         if not (_is_stream(path) or replace or _holds_errors(path)):
             raise OptionsError(f"{printable(path)} holds something else than errors: choose another file for --errors")
 
@@ -139,7 +145,13 @@ class ErrorsFile:
         except OSError as exc:
             with contextlib.suppress(OSError):
                 self._fresh.unlink()
-            raise CaptionError(f"{printable(self._path)} cannot be written: {printable(exc.strerror or exc)}") from exc
+            raise self._cannot_write(exc) from exc
+
+    def _cannot_write(self, exc: OSError) -> CaptionError:
+        reason = printable(exc.strerror or exc)
+        return CaptionError(
+            f"the file of errors {shown(self._path)} cannot be written ({reason}): {remedy_of(exc) or 'mend that'}"
+        )
 
 
 class Bar:
@@ -191,13 +203,6 @@ def _photos(count: int) -> str:
     return "1 photo" if count == 1 else f"{count} photos"
 
 
-def _kind(message: str, name: str) -> str:
-    """What is wrong, without what differs from photo to photo."""
-    text = printable(message).replace(name, "")
-    text = re.sub(r" \(.*\)", "", text).partition(": ")[0]
-    return " ".join(re.sub(r"\d[\d.]*", "N", text).split()) or "not said"
-
-
 def _is_stream(path: Path) -> bool:
     """Whether it is a pipe or device."""
     return path.exists() and not stat.S_ISREG(path.stat().st_mode)
@@ -208,7 +213,7 @@ def _holds_errors(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             first = file.readline(1 << 20)
-        return not first or set(json.loads(first)) == {"path", "class", "message"}
+        return not first or set(json.loads(first)) - {"reason"} == {"path", "class", "message"}
     except FileNotFoundError:
         return True
     except (OSError, ValueError, TypeError):

@@ -8,7 +8,7 @@ from caption_rt.errors import CaptionError
 if TYPE_CHECKING:
     from caption_rt.caption import Caption
 
-__all__ = ["Record"]
+__all__ = ["Record", "error_fields"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,13 @@ class Record:
 
         Returns:
             "status" is "ok", and the fields of `Caption.to_dict` follow; or it is "error", "caption" is None, and
-            "error" has the error's "class" and "message", a sentence.
+            "error" is what `error_fields` gives.
         """
         if isinstance(self.result, CaptionError):
-            error = {"class": type(self.result).__name__, "message": str(self.result)}
-            return {"path": self.path, "status": "error", "caption": None, "error": error}
+            return {"path": self.path, "status": "error", "caption": None, "error": error_fields(self.result)}
         return {"path": self.path, "status": "ok", **self.result.to_dict()}
+
+
+def error_fields(error: CaptionError) -> dict[str, str]:
+    """An error as a record has it: its "class", its "reason" (see `CaptionError`), and its "message", a sentence."""
+    return {"class": type(error).__name__, "reason": error.reason or "is not captioned", "message": str(error)}

@@ -1,125 +1,37 @@
-"""One call of the command line: what was asked for, checked, and carried out."""
+"""One call of the command line, carried out: from the photos that are found to the summary."""
 
 import contextlib
 import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from caption_rt.command_options import decode_options
+from caption_rt.command_options import OPTION_NAMES, decode_options
 from caption_rt.console import complain, echo, say
-from caption_rt.devices import parse_device
 from caption_rt.errors import CaptionError, ImageError, OptionsError, printable
 from caption_rt.interrupts import Interrupts
 from caption_rt.options import DecodeOptions
 from caption_rt.outputs import Entry, Output, StreamOutput
 from caption_rt.progress import Bar, ErrorsFile, Tally
 from caption_rt.records import Record
-from caption_rt.sources import Selection, Source, find_sources, parse_shard
-from caption_rt.writers import SIDECAR_FORMATS, format_of, line_writer
+from caption_rt.request import Request
+from caption_rt.sources import Source, distinct, find_sources
+from caption_rt.writers import line_writer
 
 if TYPE_CHECKING:
     from caption_rt.batch import Finished
     from caption_rt.captioner import Captioner
     from caption_rt.image import PhotoLimits
 
-__all__ = ["Request", "load_captioner", "run"]
+__all__ = ["load_captioner", "run"]
 
 _NAME = "caption-rt"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for.
-
-    Made by `Request.of`, which checks it.
-    """
-
-    arguments: tuple[str, ...]
-    """Files, folders, addresses and "-"."""
-    given: Mapping[str, Any]
-    """The command's options by name."""
-    selection: Selection
-    """Which photos of folders."""
-    format_name: str
-    """One of `caption_rt.writers.FORMATS`."""
-    output: Path | None
-    """The output file; None for standard output and sidecars."""
-    existing: str
-    """One of `caption_rt.outputs.EXISTING`."""
-
-    @classmethod
-    def of(cls, arguments: Sequence[str], given: Mapping[str, Any]) -> "Request":
-        """Check what was asked for, before a model is loaded or a file changed.
-
-        Raises:
-            OptionsError: a value that cannot be meant.
-            click.UsageError: options that contradict each other.
-        """
-        decode_options(DecodeOptions(), given)
-        parse_device(given["device"])
-        sampling = [name for name in ("temperature", "top_k", "top_p", "seed") if given[name] is not None]
-        if sampling and not given["sample"]:
-            raise click.UsageError(f"--{sampling[0].replace('_', '-')} needs --sample")
-        shard = None if given["shard"] is None else parse_shard(given["shard"])
-        selection = Selection(given["include"], given["exclude"], shard)
-        output = None if given["output"] in (None, "-") else Path(given["output"])
-        request = cls(tuple(arguments), given, selection, _format(given, output), output, given["existing"] or "resume")
-        request._check()
-        return request
-
-    @property
-    def sidecars(self) -> bool:
-        """Whether there is a file beside each photo."""
-        return self.format_name in SIDECAR_FORMATS
-
-    @property
-    def kept(self) -> bool:
-        """Whether a ledger is kept, so that the run can be taken up."""
-        return self.sidecars or (self.output is not None and not _is_stream(self.output))
-
-    @property
-    def plotted(self) -> bool:
-        """Whether where the model looked is to be seen, which one photo alone can have."""
-        return self.given["plot"] is not None or self.given["show"]
-
-    def _check(self) -> None:
-        if self.sidecars and self.given["output"] is not None:
-            raise click.UsageError(f"--format {self.format_name} writes a file beside each photo: leave out --output")
-        if self.given["existing"] is not None and not self.kept:
-            raise click.UsageError("--existing is about a file that is written: name it with --output")
-        if self.plotted:
-            self._check_plot()
-        if self.sidecars:
-            for source in (Source(argument, argument) for argument in self.arguments):
-                if source.is_address:
-                    raise OptionsError(f"{source.name} has no place for a sidecar: save it as a file first")
-        if self.given["errors"] is not None:
-            ErrorsFile.check(Path(self.given["errors"]), replace=self.existing == "overwrite")
-        if self.output is not None and self.kept:
-            from caption_rt.output_file import check_output
-
-            check_output(self.output, self.existing)
-
-    def _check_plot(self) -> None:
-        from caption_rt.attention import check_plot_path, check_screen
-
-        option = "--plot" if self.given["plot"] is not None else "--show"
-        alone = len(self.arguments) == 1 and not os.path.isdir(self.arguments[0])
-        if not alone or self.kept or self.output is not None:
-            raise click.UsageError(f"{option} takes one photo, and its caption goes to standard output")
-        if self.given["plot"] is not None:
-            folder = check_plot_path(self.given["plot"]).parent
-            if not folder.is_dir():
-                raise OptionsError(f"the folder {printable(folder)} of the plot does not exist: make it first")
-        if self.given["show"]:
-            check_screen()
 
 
 def load_captioner(given: Mapping[str, Any]) -> "Captioner":
@@ -157,6 +69,8 @@ def run(request: Request) -> int:
     limits = _limits(request.given)
     interrupts = Interrupts(_NAME, "all that was captioned is written" if request.kept else "")
     first, sources = _found(request, limits, interrupts)
+    for note in request.notes(found=first is not None):
+        say(_NAME, f"note: {note}")
     # A few photos that were named need neither a bar nor a summary.
     many = request.kept or request.output is not None or first is None or not first.named
     with load_captioner(request.given) as captioner:
@@ -175,6 +89,9 @@ class _Run:
         self._limits = limits
         self._interrupts = interrupts
         self._options = decode_options(captioner.default_options, request.given)
+        unknown = _unknown_words(captioner, self._options)
+        if unknown:
+            say(_NAME, f"note: --ban names what the model does not know, and would never say: {unknown}")
         self._tally = Tally()
         self._errors: ErrorsFile | None = None
         self._last: Entry | None = None
@@ -207,7 +124,9 @@ class _Run:
         total = self._count() if shown else None
         stopped = self._interrupts.is_stopped
         with self._interrupts, Bar(total, shown=shown) as bar:
-            for finished in caption_sources(sources, self._captioner, self._options, output, settings, stopped=stopped):
+            for finished in caption_sources(
+                sources, self._captioner, self._options, output, settings, names=OPTION_NAMES, stopped=stopped
+            ):
                 self._count_in(finished)
                 bar.advance(1)
 
@@ -216,7 +135,7 @@ class _Run:
         request = self._request
         if "-" in request.arguments:
             return None
-        return sum(1 for _ in find_sources(request.arguments, request.selection))
+        return sum(1 for _ in _each_once(request, find_sources(request.arguments, request.selection)))
 
     def _count_in(self, finished: "Finished") -> None:
         if isinstance(finished, Entry):
@@ -227,7 +146,7 @@ class _Run:
         else:
             error = finished.error
         if error is not None:
-            self._tally.fail(finished.source.path, json.loads(error)["message"])
+            self._tally.fail(finished.source.path, json.loads(error).get("reason", "is not captioned"))
             if self._errors is not None:
                 self._errors.add(finished.source.path, error)
         elif isinstance(finished, Entry):
@@ -247,12 +166,12 @@ class _Run:
         if request.output is None:
             from caption_rt.output_sidecars import SidecarOutput, sidecar_ledger
 
-            ledger = sidecar_ledger(request.arguments, request.selection.shard)
+            ledger = request.ledger or sidecar_ledger(request.arguments, request.selection.shard)
             return SidecarOutput(ledger, request.format_name, request.existing, key)
         from caption_rt.output_file import FileOutput
 
         writer = line_writer(request.format_name)
-        return FileOutput(request.output, request.format_name, writer, request.existing, key)
+        return FileOutput(request.output, request.format_name, writer, request.existing, key, request.ledger)
 
     def _open_stream(self) -> Output:
         request = self._request
@@ -310,17 +229,6 @@ def _bare(record: Record) -> bytes:
     return f"{printable(record.result.text)}\n".encode()
 
 
-def _format(given: Mapping[str, Any], output: Path | None) -> str:
-    chosen: str | None = given["format_name"]
-    if given["as_json"]:
-        if chosen not in (None, "jsonl"):
-            raise click.UsageError(f"--json is --format jsonl: leave out one of --json and --format {chosen}")
-        return "jsonl"
-    if chosen is not None:
-        return chosen
-    return "text" if output is None else format_of(output)
-
-
 def _limits(given: Mapping[str, Any]) -> "PhotoLimits":
     from caption_rt.image import PhotoLimits
 
@@ -329,31 +237,32 @@ def _limits(given: Mapping[str, Any]) -> "PhotoLimits":
 
 
 def _found(request: Request, limits: "PhotoLimits", interrupts: Interrupts) -> tuple[Source | None, Iterator[Source]]:
-    """The first photo, and all of them.
-
-    Raises:
-        OptionsError: there is nothing.
-    """
-    sources = find_sources(
+    """The first photo, None if there is none, and all of them."""
+    found = find_sources(
         request.arguments,
         request.selection,
         stdin=getattr(sys.stdin, "buffer", None),
         null=request.given["null"],
         max_bytes=limits.max_bytes,
+        may_be_empty=request.kept or request.output is not None,
         stopped=interrupts.is_stopped,
     )
+    sources = _each_once(request, found)
     first = next(sources, None)
-    if first is not None:
-        return first, itertools.chain((first,), sources)
-    everything = replace(request.selection, shard=None)
-    if request.selection.shard and (
-        "-" in request.arguments or next(find_sources(request.arguments, everything), None) is not None
-    ):
-        return None, iter(())  # a part without photos is no mistake
-    raise OptionsError(
-        "there is no photo: of a folder, files are taken that end as photos do (.jpg, .png) and that --include and "
-        "--exclude let pass"
-    )
+    return first, iter(()) if first is None else itertools.chain((first,), sources)
+
+
+def _each_once(request: Request, sources: Iterator[Source]) -> Iterator[Source]:
+    """What is written to a file is written once a photo; lines go to standard output as often as it was named."""
+    # Of one folder each photo is found once, and nothing need be remembered.
+    alone = len(request.arguments) == 1 and "-" not in request.arguments
+    return distinct(sources) if request.kept and not alone else sources
+
+
+def _unknown_words(captioner: "Captioner", options: DecodeOptions) -> str:
+    vocabulary = captioner.bundle.vocabulary
+    unknown = [word for word in options.banned_words if set(vocabulary.encode(word)) == {vocabulary.unk_id}]
+    return ", ".join(map(printable, unknown))
 
 
 def _fetched(source: Source, limits: "PhotoLimits") -> Source:
@@ -373,8 +282,3 @@ def _interrupted(request: Request) -> str:
     if request.existing == "overwrite" and not request.sidecars:
         again = "the same command without --existing overwrite"
     return f"interrupted; all that was captioned is written, and {again} goes on from there"
-
-
-def _is_stream(path: Path) -> bool:
-    """Whether it is a pipe or device, to which a ledger means nothing."""
-    return path.exists() and not path.is_file() and not path.is_dir()

@@ -94,7 +94,10 @@ def sidecar_bytes(name: str, record: Record, existing: bytes | None, mode: str =
         try:
             result = xmp.describe(existing, caption, append=mode == "append")
         except CaptionError as exc:
-            raise CaptionError(f"the XMP file of {printable(record.path)} is left as it is: {exc}") from exc
+            raise CaptionError(
+                f"the XMP file of {printable(record.path)} is left as it is: {exc}",
+                reason="has an XMP file that nothing can be added to",
+            ) from exc
     return None if result == existing else result
 
 

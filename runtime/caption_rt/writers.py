@@ -13,7 +13,7 @@ from pathlib import Path
 from caption_rt.errors import CaptionError, OptionsError, printable
 from caption_rt.records import Record
 
-__all__ = ["FORMATS", "LINE_FORMATS", "SIDECAR_FORMATS", "LineWriter", "format_of", "line_writer"]
+__all__ = ["FORMATS", "LINE_FORMATS", "SIDECAR_FORMATS", "LineWriter", "ending_of", "format_of", "line_writer"]
 
 LINE_FORMATS = ("jsonl", "csv", "tsv", "text", "html")
 """Formats that go into one file or to standard output; see `line_writer`. "text" is what a terminal gets."""
@@ -48,13 +48,18 @@ class LineWriter:
     """Whether it shows `Record.thumbnail`."""
 
 
+def ending_of(path: str | os.PathLike[str]) -> str | None:
+    """The format that the ending of an output file's name stands for, in capitals or not; None if for none."""
+    return _ENDINGS.get(Path(path).suffix.lower())
+
+
 def format_of(path: str | os.PathLike[str]) -> str:
-    """The format that the ending of an output file's name stands for, in capitals or not.
+    """The format that an output file's name stands for.
 
     Raises:
         OptionsError: the ending stands for none.
     """
-    name = _ENDINGS.get(Path(path).suffix.lower())
+    name = ending_of(path)
     if name is None:
         endings = ", ".join(_ENDINGS)
         raise OptionsError(
@@ -88,7 +93,7 @@ def _json_line(record: Record) -> bytes:
 def _text_line(record: Record) -> bytes:
     if isinstance(record.result, CaptionError):
         return b""
-    return f"{printable(record.path)}\t{printable(record.result.text)}\n".encode()
+    return f"{_name(record.path)}\t{printable(record.result.text)}\n".encode()
 
 
 def _csv_line(record: Record) -> bytes:
@@ -114,13 +119,29 @@ def _tsv_row(values: tuple[str, ...]) -> bytes:
 
 
 def _row(record: Record) -> tuple[str, ...]:
-    """The values of `_COLUMNS`, without line breaks, tabs and what UTF-8 lacks: those as their escapes."""
+    """The values of `_COLUMNS`, without line breaks, tabs and what UTF-8 lacks."""
     result = record.result
     if isinstance(result, CaptionError):
-        values = "error", "", "", "", "", "", type(result).__name__, str(result)
+        values = "error", "", "", "", "", "", type(result).__name__, _no_formula(str(result))
     else:
         values = "ok", result.text, repr(result.log_prob), result.ended, result.strategy, result.provider, "", ""
-    return tuple(printable(value) for value in (record.path, *values))
+    return _no_formula(_name(record.path)), *map(printable, values)
+
+
+def _name(path: str) -> str:
+    """A path as it is, or as a JSON string where it could not stand in a line, or begins as such a string does.
+
+    What begins with a quotation mark is therefore always JSON, and every path can be turned back.
+    """
+    return json.dumps(path) if path.startswith('"') or printable(path) != path else path
+
+
+def _no_formula(text: str) -> str:
+    """A text that begins with a path, not as a spreadsheet's formula does: `./=1+1.jpg` is the same file.
+
+    Which texts these are: https://owasp.org/www-community/attacks/CSV_Injection. Standard input is called "-".
+    """
+    return f"./{text}" if text[:1] in ("=", "+", "-", "@") and text != "-" else text
 
 
 _WRITERS = {

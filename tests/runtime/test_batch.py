@@ -237,7 +237,7 @@ def test_the_exit_code_tells_whether_all_some_or_none_have_their_caption():
         tally = Tally()
         tally.captioned, tally.done = captioned, done
         for _ in range(failed):
-            tally.fail("a.jpg", "a.jpg is bad")
+            tally.fail("a.jpg", "is bad")
         assert tally.exit_code == code
 
 
@@ -246,8 +246,8 @@ def test_the_summary_counts_kinds_of_errors():
     tally.captioned, tally.done, tally.left = 1, 2, 3
     for number in range(5):
         path = f"{number}.jpg"
-        tally.fail(path, f"{path} is cut short (3{number} bytes missing): copy it again from its source")
-    tally.fail("two\nlines", "two\\nlines does not exist: check the path")
+        tally.fail(path, "is cut short")
+    tally.fail("two\nlines", "does not exist")
     lines = tally.lines()
     assert lines[0].startswith("captioned 1 photo in 0.0 s (")
     assert lines[0].endswith(" a second); 2 had their caption before; 3 left alone; 6 failed:")
@@ -260,23 +260,40 @@ def test_the_summary_counts_kinds_of_errors():
 def test_the_summary_stays_short_whatever_goes_wrong():
     tally = Tally()
     for number in range(1000):
-        tally.fail("a", f"{'x' * number} is wrong")
-    assert len(tally.lines()) <= 14
-    assert sum(int(line.split()[0]) for line in tally.lines()[1:]) == 1000
+        tally.fail(f"{number}", f"is wrong in way {min(number, 19)}")
+    lines = tally.lines()[1:]
+    assert len(lines) == 12
+    assert lines[0] == "  981 x is wrong in way 19: 19, 20, 21, ..."
+    assert lines[-1] == "  9 x 9 other reasons: 10, 11, 12, ..."
+    assert sum(int(line.split()[0]) for line in lines) == 1000
+
+
+def test_the_summary_names_twelve_reasons_as_they_are():
+    tally = Tally()
+    for number in range(12):
+        tally.fail("x" * 5000, f"is wrong in way {number}")
+    lines = tally.lines()[1:]
+    assert [line.partition(": ")[0] for line in lines] == [f"  1 x is wrong in way {number}" for number in range(12)]
+    assert max(map(len, lines)) < 350
 
 
 def errors_file(path, *errors, replace=False):
     ErrorsFile.check(path, replace=replace)
     file = ErrorsFile(path)
     for name, message in errors:
-        file.add(name, json.dumps({"class": "ImageError", "message": message}))
+        file.add(name, json.dumps({"class": "ImageError", "reason": "is bad", "message": message}))
     file.close()
 
 
 def test_the_file_of_errors(tmp_path):
     path = tmp_path / "errors.jsonl"
     errors_file(path, ("a\udcff", "it is bad"))
-    assert json.loads(path.read_text()) == {"path": "a\udcff", "class": "ImageError", "message": "it is bad"}
+    assert json.loads(path.read_text()) == {
+        "path": "a\udcff",
+        "class": "ImageError",
+        "reason": "is bad",
+        "message": "it is bad",
+    }
     errors_file(path, ("b", "bad"), ("c", "bad"))
     assert [json.loads(line)["path"] for line in path.read_text().splitlines()] == ["b", "c"]
     errors_file(path)

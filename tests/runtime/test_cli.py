@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -117,7 +119,7 @@ def test_bad_photos_among_good_ones_cost_only_themselves(run, photos, tmp_path):
     assert [record["path"] for record in records] == [str(path) for path in mixed]
     assert [record["status"] == "ok" for record in records] == [path in photos for path in mixed]
     assert records[0]["caption"] is None
-    assert records[0]["error"] == {"class": "ImageError", "message": complaints(done)[0]}
+    assert records[0]["error"] == {"class": "ImageError", "reason": "is empty", "message": complaints(done)[0]}
 
 
 def test_names_with_odd_characters_keep_their_line(run, photos, tmp_path):
@@ -129,7 +131,13 @@ def test_names_with_odd_characters_keep_their_line(run, photos, tmp_path):
     done = run(*names, "no\nsuch\x1b[2J.jpg", text=False)
     lines = done.stdout.decode().splitlines()
     assert [line.split("\t")[1] for line in lines] == ["in dog cat ball cat"] * len(names)
-    shown = ["two\\nlines.jpg", "tab\\there.jpg", "\\x1b[31mred.jpg", "Grüße 猫.jpg", "undecodable\\udcff.jpg"]
+    shown = [
+        '"two\\nlines.jpg"',
+        '"tab\\there.jpg"',
+        '"\\u001b[31mred.jpg"',
+        "Grüße 猫.jpg",
+        '"undecodable\\udcff.jpg"',
+    ]
     assert [line.split("\t")[0] for line in lines] == shown[: len(names)]
     assert done.stderr == b"caption-rt: error: no\\nsuch\\x1b[2J.jpg does not exist: check the path\n"
     records = [json.loads(line) for line in run("--json", *names).stdout.splitlines()]
@@ -151,19 +159,22 @@ def test_a_terminal_without_unicode(run, photos, tmp_path):
         (["--doctor", "--self-test"], "name at least one photo, or --self-test or --doctor alone"),
         (["--nonsense", "a.jpg"], "No such option"),
         (["a.jpg", "--beam", "many"], "'many' is not a valid integer"),
-        (["a.jpg", "--beam", "0"], "beam_size must be a whole number from 1 to 1000, not 0"),
-        (["a.jpg", "--max-words", "-3"], "max_words must be a whole number from 1 to 1000, not -3"),
-        (["a.jpg", "--beam", "2", "--n-best", "3"], "a beam of 2 has no 3 best captions"),
-        (["a.jpg", "--beam", "2", "--sample"], "sampling keeps no beam: beam_size must be 1, not 2"),
+        (["a.jpg", "--beam", "0"], "--beam must be a whole number from 1 to 1000, not 0"),
+        (["a.jpg", "--max-words", "-3"], "--max-words must be a whole number from 1 to 1000, not -3"),
+        (["a.jpg", "--max-words", "5000"], "--max-words must be a whole number from 1 to 1000, not 5000"),
+        (["a.jpg", "--min-words", "5000"], "--min-words must be a whole number from 0 to 1000, not 5000"),
+        (["a.jpg", "--json", "--n-best", "5000"], "--n-best must be a whole number from 1 to 1000, not 5000"),
+        (["a.jpg", "--beam", "2", "--json", "--n-best", "3"], "a beam of 2 has no 3 best captions: raise --beam"),
+        (["a.jpg", "--beam", "2", "--sample"], "sampling keeps no beam: --beam must be 1, not 2"),
         (["a.jpg", "--temperature", "2"], "--temperature needs --sample"),
         (["a.jpg", "--seed", "0"], "--seed needs --sample"),
-        (["a.jpg", "--sample", "--top-p", "2"], "top_p must be a number above 0 and at most 1, not 2.0"),
-        (["a.jpg", "--ban", "two words"], "banned_words takes words, and 'two words' is not one word"),
-        (["a.jpg", "--min-words", "5", "--max-words", "3"], "a caption of at least 5 words cannot have at most 3"),
+        (["a.jpg", "--sample", "--top-p", "2"], "--top-p must be a number above 0 and at most 1, not 2.0"),
+        (["a.jpg", "--ban", "two words"], "--ban takes words, and 'two words' is not one word"),
+        (["a.jpg", "--min-words", "5", "--max-words", "3"], "at most 3: lower --min-words or raise --max-words"),
         (["a.jpg", "--device", "gpu"], "the device is one of auto, cpu, cuda, cuda:N, not 'gpu'"),
         (["a.jpg", "--threads", "0"], "0 is not in the range 1<=x<=1024"),
         (["a.jpg", "--max-bytes", "much"], "'much' is not a number such as 300M"),
-        (["a.jpg", "--max-pixels", "0"], "max_pixels must be a whole number from 1 to 4294967296, not 0"),
+        (["a.jpg", "--max-pixels", "0"], "--max-pixels must be a whole number from 1 to 4294967296, not 0"),
         (["a.jpg", "--shard", "3/2"], "a shard is 1/8 to 8/8, say, not 3/2"),
         (
             ["a.jpg", "--format", "txt", "-o", "a.txt"],
@@ -187,7 +198,31 @@ def test_a_terminal_without_unicode(run, photos, tmp_path):
             "--doctor goes with --model, --device, --threads and --json alone: leave out --guard",
         ),
         (["a.jpg", "--plot", "p.gif"], "a plot's name ends in one of .png, .svg, .pdf, and p.gif does not"),
-        (["."], "there is no photo: of a folder, files are taken that end as photos do"),
+        (["a.jpg", "-o", ""], "Invalid value for '-o' / '--output': the name is empty"),
+        (["a.jpg", "--errors", ""], "the name is empty"),
+        (["a.jpg", "--model", ""], "the name is empty"),
+        (
+            ["a.jpg", "--model", "https://host/b.zip"],
+            "https://host/b.zip is an address: fetch the bundle, and name its",
+        ),
+        (["a.jpg", "-0"], "-0 is about the list on standard input: name that with -"),
+        (["a.jpg", "--include", ""], "a pattern of --include is empty and matches nothing"),
+        (
+            ["a.jpg", "--n-best", "3"],
+            "the format jsonl alone has more than one caption a photo: add --json to --n-best",
+        ),
+        (["a.jpg", "--n-best", "3", "-o", "a.csv"], "add --json to --n-best"),
+        (["a.jpg", "-o", "a.jsonl", "--format", "csv"], "the name a.jsonl says jsonl, and the format is to be csv"),
+        (["a.jpg", "-o", "a.HTM", "--json"], "the name a.HTM says html, and the format is to be jsonl: choose one"),
+        (["a.jpg", "--ledger", "l"], "--ledger is about a run that writes files: name one with --output"),
+        (
+            ["a.jpg", "-o", "a.csv", "--ledger", "none/l"],
+            "the folder of the ledger none/l does not exist: make it first",
+        ),
+        (["a.jpg", "-o", "a.csv", "--ledger", "."], "the ledger . is a folder: name a file with --ledger"),
+        (["a.jpg", "--errors", "-"], "--errors writes a file: on standard error the errors are anyway"),
+        (["a.jpg", "-o", "x.csv", "--errors", "./x.csv"], "./x.csv is named twice, and would be written over"),
+        (["a.csv", "-o", "a.csv", "--existing", "overwrite"], "a.csv is named twice, and would be written over"),
     ],
 )
 def test_wrong_usage_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capfd, arguments, sentence):
@@ -204,6 +239,67 @@ def test_wrong_usage_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capf
 
 def test_wrong_usage_names_the_help(run):
     assert complaints(run("--nonsense"))[0].endswith(" (see caption-rt --help)")
+
+
+def test_wrong_usage_of_standard_input_names_the_options(run, photos, tmp_path):
+    for given, arguments, sentence in (
+        (b"a.jpg\0b.jpg\0", ["-"], "standard input has a zero byte between its names: say -0"),
+        (
+            b"a.jpg\nb.jpg\n",
+            ["-", "-0"],
+            "standard input has line breaks between its names and no zero byte: leave out -0",
+        ),
+        (photos[0].read_bytes(), ["-", "-0"], "standard input is a photo, and -0 is about a list: leave it out"),
+    ):
+        done = run(*arguments, input=given, text=False)
+        assert (done.returncode, done.stdout) == (2, b"")
+        assert done.stderr.decode() == f"caption-rt: error: {sentence}\n"
+    done = run("-", "--max-bytes", "1k", input=photos[0].read_bytes(), text=False)
+    assert done.returncode == 4
+    assert done.stderr == b"caption-rt: error: standard input has more than 1.0 KiB: raise --max-bytes to read it\n"
+
+
+def test_options_that_change_nothing_are_noted(run, photos):
+    done = run(photos[2], "--include", "*.png", "--ban", "Zebra", "--ban", "cat", "--ban", "unicorn", "--no-guard")
+    assert done.returncode == 0
+    assert "cat" not in done.stdout
+    assert done.stderr.splitlines() == [
+        "caption-rt: note: --include and --exclude choose among what folders hold, and no folder is named",
+        "caption-rt: note: --ban names what the model does not know, and would never say: unicorn, zebra",
+    ]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_in_the_first_moments_is_one_sentence(tiny_bundle, photos):
+    """While NumPy, ONNX Runtime and the like are imported, at whatever moment."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # It says when Python itself has started, which is not ours.
+    begun = "import sys; from caption_rt.__main__ import main; print(flush=True); sys.exit(main())"
+    for wait in (0.002, 0.01, 0.02, 0.04, 0.08, 0.15):
+        process = subprocess.Popen(
+            [sys.executable, "-c", begun, "--model", tiny_bundle, *photos * 20],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        process.stdout.readline()
+        time.sleep(wait)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 130, said
+        assert said.splitlines()[-1] == "caption-rt: error: interrupted"
+        assert "Traceback" not in said
+
+
+def test_the_script_and_the_module_begin_where_ctrl_c_is_heard():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert settings["project"]["scripts"]["caption-rt"] == "caption_rt.__main__:main"
+    code = "import sys, caption_rt.__main__; print(*(name for name in sys.modules if name.startswith('caption_rt')))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    # Nothing else before it: all that takes time is imported within.
+    assert loaded.stdout.split() == ["caption_rt.errors", "caption_rt", "caption_rt.__main__"]
 
 
 def test_a_package_that_is_missing_is_one_sentence_and_exit_code_2(run, tmp_path, photos):
@@ -300,7 +396,7 @@ def test_a_full_disk_is_one_sentence(tiny_bundle, photos):
             check=False,
         )
     assert done.returncode == 1
-    assert complaints(done) == ["the output cannot be written: No space left on device"]
+    assert complaints(done) == ["the output cannot be written: No space left on device: make room on the disk"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and pipes of POSIX")

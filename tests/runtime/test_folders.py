@@ -178,11 +178,88 @@ def test_paths_and_bytes_on_standard_input(run, photos, tmp_path):
     done = run("-", input=photos[2].read_bytes()[:3000], text=False)
     assert (done.returncode, done.stdout) == (4, b"")
     assert done.stderr.startswith(b"caption-rt: error: standard input is cut short")
-    done = run("-", input=b"", text=False)
-    assert done.returncode == 2
-    for photo in (*photos, photos[0]):
-        assert run("-", "-o", "out.jsonl", input=photo.read_bytes(), text=False).returncode == 0
-    assert [record["path"] for record in records((tmp_path / "out.jsonl").read_text())] == ["-"] * 3
+
+
+NOTHING = "note: no path came on standard input, or none that leads to a photo"
+
+
+def test_nothing_on_standard_input(run, tmp_path):
+    """A list may be empty; where one photo may have been meant, it is an error."""
+    done = run("-", input="")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert complaints(done) == ["standard input is empty: neither a photo nor a list of paths came"]
+    (tmp_path / "empty").mkdir()
+    for given, arguments in (
+        ("", ["-", "-0"]),
+        ("", ["-", "-o", "out.jsonl"]),
+        ("\n", ["-"]),
+        ("empty\n", ["-"]),
+        ("", ["-", "--format", "txt"]),
+    ):
+        done = run(*arguments, input=given)
+        assert (done.returncode, done.stdout) == (0, "")
+        assert done.stderr.splitlines()[0] == f"caption-rt: {NOTHING}"
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+def test_a_folder_may_be_empty(run, tmp_path, photos):
+    """For a job that runs every night it is no mistake, and the output is there for what comes after it."""
+    (tmp_path / "p").mkdir()
+    done = run("p", "-o", "out.csv")
+    assert (done.returncode, done.stdout) == (0, "")
+    note, summary = done.stderr.splitlines()
+    assert note == "caption-rt: note: there is no photo in p: files are taken that end as photos do (.jpg, .png)"
+    assert summary.endswith("; 0 failed")
+    assert (tmp_path / "out.csv").read_text().startswith("path,status,caption,")
+    shutil.copy(photos[0], tmp_path / "p" / "a.jpg")
+    assert "note: " not in run("p", "-o", "out.csv").stderr
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
+    done = run("p", "--exclude", "*")
+    assert done.returncode == 0
+    assert "(.jpg, .png) and that --include and --exclude let pass\n" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["jsonl", "csv"])
+def test_photos_that_are_piped_in_one_after_the_other_all_have_their_record(run, photos, tmp_path, name):
+    """Standard input is known by what it holds."""
+    out = tmp_path / f"out.{name}"
+
+    def pipe(data, *arguments):
+        done = run("-", "-o", out, *arguments, input=data, text=False)
+        lines = out.read_bytes().splitlines()
+        return done.returncode, len(lines) - (name == "csv"), done.stderr.decode()
+
+    counts = [pipe(photo.read_bytes())[:2] for photo in (*photos, photos[0], photos[2])]
+    assert counts == [(0, 1), (0, 2), (0, 3), (0, 3), (0, 3)]
+    # Bad ones as well, those among them of which only the beginning was read.
+    for count, data in enumerate((b"\0noise", b"\0other noise", b"\0noise"), 4):
+        assert pipe(data)[:2] == (4, min(count, 5))
+    for count, photo in enumerate(photos[:2], 6):
+        code, lines, said = pipe(photo.read_bytes(), "--max-bytes", "1k")
+        assert (code, lines) == (4, count)
+        assert "1 x is too large a file: -" in said
+    texts = [line for line in out.read_text().splitlines() if "runs dog ball" in line or "on cat" in line]
+    assert len(texts) == 2
+
+
+def test_a_photo_that_is_named_several_times_is_one_photo(run, photos, tmp_path):
+    (tmp_path / "p").mkdir()
+    for name, photo in zip("ab", photos, strict=False):
+        shutil.copy(photo, tmp_path / "p" / f"{name}.jpg")
+    names = ["p", "p/a.jpg", "./p/a.jpg", tmp_path / "p" / "a.jpg", "p", "none.jpg", "./none.jpg"]
+    for where in (["-o", "out.jsonl"], ["--format", "txt"]):
+        done = run(*names, *where, "--errors", "e.jsonl")
+        assert done.returncode == 6
+        assert done.stderr.startswith("caption-rt: captioned 2 photos in ")
+        assert done.stderr.splitlines()[0].endswith("; 1 failed:")
+        assert len(records((tmp_path / "e.jsonl").read_text())) == 1
+    again = run(*names, "-o", "out.jsonl")
+    assert "captioned 0 photos" in again.stderr
+    assert "; 2 had their caption before; 1 failed" in again.stderr
+    listed = run("-", "-o", "list.csv", input="p/a.jpg\n" * 5 + "p\n")
+    assert "captioned 2 photos in" in listed.stderr
+    # Lines go to standard output as often as asked for.
+    assert len(run("p/a.jpg", "p/a.jpg").stdout.splitlines()) == 2
 
 
 def test_shards_part_the_photos(run, photos, tmp_path):
@@ -195,9 +272,10 @@ def test_shards_part_the_photos(run, photos, tmp_path):
         assert done.returncode == 0
         found += [record["path"] for record in records((tmp_path / f"{part}.jsonl").read_text())]
     assert sorted(found) == [f"p/{number}.jpg" for number in range(8)]
-    # A part without photos is no mistake, and no photo at all is one.
-    assert run("p/1.jpg", "--shard", "1/1000").returncode == 0
-    assert run("p", "--exclude", "*", "--shard", "1/4").returncode == 2
+    # A part without photos is no mistake.
+    done = run("p/1.jpg", "--shard", "1/1000")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "note: " not in done.stderr
 
 
 def test_the_file_of_errors_and_the_exit_code_are_those_of_an_unbroken_run(run, photos, tmp_path):
@@ -270,10 +348,13 @@ def test_an_address_is_fetched(run, server, tmp_path, monkeypatch):
 def test_limits_with_units(run, photos):
     done = run(photos[0], "--max-bytes", "1k")
     assert (done.returncode, done.stdout) == (4, "")
-    assert "at most 0.0 MiB are read" in complaints(done)[0]
+    assert "is a file of 51.9 KiB, and the limit is 1.0 KiB: scale it down, or raise --max-bytes" in complaints(done)[0]
     done = run(photos[0], "--max-pixels", "0.01M")
     assert done.returncode == 4
-    assert "at most 0.0 million are read" in complaints(done)[0]
+    assert (
+        "(262.1 thousand pixels), and the limit is 10.0 thousand pixels: scale it down, or raise --max"
+        in complaints(done)[0]
+    )
     assert run(photos[0], "--max-bytes", "1G", "--max-pixels", "300 MB").returncode == 0
 
 

@@ -159,7 +159,7 @@ def test_an_xmp_file_of_others_keeps_all_else(run, folder):
     # One that cannot be added to costs one record, and stays.
     assert found["b.xmp"] == "no XMP at all"
     assert code == 6
-    assert said[1] == "caption-rt:   1 x the XMP file of is left as it is: photos/b.jpg"
+    assert said[1] == "caption-rt:   1 x has an XMP file that nothing can be added to: photos/b.jpg"
 
 
 def test_a_bad_photo_has_none_and_is_not_tried_twice(run, folder):
@@ -179,7 +179,7 @@ def test_a_sidecar_that_cannot_be_written_costs_its_own_record(run, folder):
     code, said = run("--existing", "overwrite")
     assert code == 6
     assert {name: (folder / name).read_text() for name in ("a.txt", "c.txt")} == {"a.txt": A, "c.txt": C}
-    assert said[1] == "caption-rt:   1 x the sidecar photos/b.txt cannot be read: photos/b.jpg"
+    assert said[1] == "caption-rt:   1 x has a sidecar that cannot be read (Is a directory): photos/b.jpg"
 
 
 def test_what_has_no_place_for_a_sidecar(run, folder, monkeypatch):

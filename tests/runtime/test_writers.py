@@ -7,13 +7,13 @@ import json
 import pytest
 
 from caption_rt.captioner import Captioner
-from caption_rt.errors import EngineError, ImageError, OptionsError, printable
+from caption_rt.errors import EngineError, ImageError, OptionsError
 from caption_rt.records import Record
 from caption_rt.writers import FORMATS, LINE_FORMATS, SIDECAR_FORMATS, format_of, line_writer
 from made_captions import caption_of
 
 GOOD = Record("photos/a.jpg", caption_of("a dog runs", word_log_probs=(-0.5, -1.25, -1.5)))
-BAD = Record("b.jpg", ImageError("b.jpg does not exist: check the path"))
+BAD = Record("b.jpg", ImageError("b.jpg does not exist: check the path", reason="does not exist"))
 
 # Names that a file may have: breaks, quotes, escapes of a terminal, undecodable bytes, separators of the formats.
 HOSTILE = [
@@ -29,7 +29,17 @@ HOSTILE = [
     '"><script>alert(1)</script>.jpg',
     "-",
     "=1+1.jpg",
+    "a\\n.jpg",
+    '"a\\n.jpg"',
+    "C:\\photos\\a.jpg",
+    "caf\\udce9.jpg",
 ]
+
+
+def as_named(cell):
+    """A path from a table, turned back as docs/folders.md says."""
+    name = json.loads(cell) if cell.startswith('"') else cell
+    return name[2:] if name[:2] == "./" and name[2:3] in ("=", "+", "-", "@") else name
 
 
 def written(name, *records):
@@ -45,7 +55,11 @@ def test_json_lines_hold_the_whole_caption():
         "path": "b.jpg",
         "status": "error",
         "caption": None,
-        "error": {"class": "ImageError", "message": "b.jpg does not exist: check the path"},
+        "error": {
+            "class": "ImageError",
+            "reason": "does not exist",
+            "message": "b.jpg does not exist: check the path",
+        },
     }
 
 
@@ -94,12 +108,12 @@ def test_tsv_has_a_tab_between_columns_and_nowhere_else():
         "",
     ]
     (line,) = written("tsv", Record("a\tb\n.jpg", GOOD.result)).splitlines()[1:]
-    assert line.split(b"\t")[0] == b"a\\tb\\n.jpg"
+    assert line.split(b"\t")[0] == b'"a\\tb\\n.jpg"'
 
 
 def test_text_is_path_and_caption_and_says_nothing_of_a_bad_photo():
     assert written("text", GOOD, BAD) == b"photos/a.jpg\ta dog runs\n"
-    assert written("text", Record("caf\udce9\n.jpg", GOOD.result)) == b"caf\\udce9\\n.jpg\ta dog runs\n"
+    assert written("text", Record("caf\udce9\n.jpg", GOOD.result)) == b'"caf\\udce9\\n.jpg"\ta dog runs\n'
 
 
 @pytest.mark.parametrize("name", LINE_FORMATS)
@@ -117,6 +131,29 @@ def test_every_record_is_one_line_of_utf_8_whatever_it_holds(name):
     assert writer.header.decode("utf-8")[-1:] in ("", "\n")
 
 
+def test_paths_of_lines_can_be_turned_back():
+    for name in ("csv", "tsv", "text"):
+        assert len({written(name, Record(path, GOOD.result)) for path in HOSTILE}) == len(HOSTILE)
+    paths = [
+        line.split("\t")[0] for line in written("text", *(Record(p, GOOD.result) for p in HOSTILE)).decode().split("\n")
+    ]
+    assert [as_named(path) for path in paths[:-1]] == HOSTILE
+    assert paths[-5:-1] == ["a\\n.jpg", '"\\"a\\\\n.jpg\\""', "C:\\photos\\a.jpg", "caf\\udce9.jpg"]
+
+
+@pytest.mark.parametrize("name", ["csv", "tsv"])
+def test_no_path_is_a_formula_of_a_spreadsheet(name):
+    quoting = {"csv": {}, "tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}[name]
+    for path in ("=HYPERLINK(1)&.jpg", "+1.jpg", "-1.jpg", "@a.jpg", "=a\nb.jpg", "=1\t.jpg"):
+        records = Record(path, GOOD.result), Record(path, ImageError(f"{path} is bad"))
+        good, bad = list(csv.reader(io.StringIO(written(name, *records).decode(), newline=""), **quoting))[1:]
+        for row in (good, bad):
+            assert row[0][0] in './"'
+            assert as_named(row[0]) == path
+        assert bad[-1].startswith(f"./{path[:2]}")
+    assert written(name, Record("-", GOOD.result)).splitlines()[1][:2] in (b"-,", b"-\t")
+
+
 @pytest.mark.parametrize("name", ["csv", "tsv"])
 def test_a_table_cut_at_any_line_is_a_table(name):
     # A TSV file (IANA text/tab-separated-values) knows no quotes.
@@ -126,7 +163,7 @@ def test_a_table_cut_at_any_line_is_a_table(name):
         rows = list(csv.reader(io.StringIO(b"".join(whole[:count]).decode(), newline=""), **dialect))
         assert len(rows) == count
         assert {len(row) for row in rows} == {9}
-        assert [row[0] for row in rows[1:]] == [printable(path) for path in HOSTILE[: count - 1]]
+        assert [as_named(row[0]) for row in rows[1:]] == HOSTILE[: count - 1]
 
 
 def test_a_real_caption_in_every_format(tiny_bundle, photos):
