@@ -1,12 +1,12 @@
-"""What spinning threads cost: the latency of one photo, and an idle process's processor time.
+"""What spinning threads cost and binding them gains: the latency of one photo, and what idling costs.
 
     python benchmarks/threads.py [BUNDLE] [--busy 1] [--runs 100] [--words 10]
 
-The threads of an ONNX Runtime session spin when they have nothing to do. Engines of the same bundle are timed that
-differ in that alone: one photo from pixels to words, in turns and in an order that changes, so that whatever else the
-machine does hits all alike. `--busy` keeps that many other processes busy meanwhile, as the reading of photos does in a
-folder. Printed are the ratio of the medians to that of caption-rt's own setting, and the processor time that each takes
-in the second after its last run.
+The threads of an ONNX Runtime session spin when they have nothing to do, and may be bound to a processor each. Engines
+of the same bundle are timed that differ in that alone: one photo from pixels to words, in turns and in an order that
+changes, so that whatever else the machine does hits all alike. `--busy` keeps that many other processes busy meanwhile,
+as the reading of photos does in a folder. Printed are the ratio of the medians to that of caption-rt's own setting, and
+the processor time that each takes in the second after its last run.
 """
 
 import argparse
@@ -21,13 +21,14 @@ import numpy as np
 import onnxruntime
 
 from caption_rt.bundle import Bundle, default_bundle_path
-from caption_rt.threads import default_threads
+from caption_rt.threads import default_threads, worker_processors
 
+SHORT = {"session.intra_op.spin_duration_us": "10", "session.force_spinning_stop": "1"}
+BOUND = ";".join(",".join(str(cpu + 1) for cpu in core) for core in worker_processors(None))
 SETTINGS = {
-    "10 us and not after a run (caption-rt)": {
-        "session.intra_op.spin_duration_us": "10",
-        "session.force_spinning_stop": "1",
-    },
+    "10 us, not after a run, bound (caption-rt)": SHORT
+    | ({"session.intra_op_thread_affinities": BOUND} if BOUND else {}),
+    "10 us and not after a run": SHORT,
     "not after a run": {"session.force_spinning_stop": "1"},
     "always (ONNX Runtime's default)": {},
     "never": {"session.intra_op.allow_spinning": "0"},
@@ -87,13 +88,15 @@ def measure(photos, runs):
 @contextlib.contextmanager
 def others(count):
     """Processes that keep a processor busy each."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: sum(range(100000))"]) for _ in range(count)]
+    # They hold the reading end of a pipe and look whether it is closed, so that they end with this process however it
+    # ends: killed, it could not end them.
+    busy = "import select, sys\nwhile not select.select([sys.stdin], [], [], 0)[0]: sum(range(100000))"
+    processes = [subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE) for _ in range(count)]
     try:
         yield
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
+            process.communicate()
 
 
 def main():
@@ -113,11 +116,11 @@ def main():
         f"{bundle.manifest.name}, one photo, {arguments.words} words, {default_threads()} threads, {arguments.busy} "
         f"other processes busy, ONNX Runtime {onnxruntime.__version__}, medians of {arguments.runs} runs in turns"
     )
-    print(f"{'threads spin':<40}{'median':>10}{'ratio':>8}{'processor time in an idle second':>36}")
+    print(f"{'threads spin':<44}{'median':>10}{'ratio':>8}{'processor time in an idle second':>36}")
     # The time is that of the whole process, spinning threads of other engines among it.
     time.sleep(1)
     for name, photo in photos.items():
-        print(f"{name:<40}{medians[name] * 1e3:>7.2f} ms{medians[name] / own:>8.2f}{photo.idle() * 1e3:>33.0f} ms")
+        print(f"{name:<44}{medians[name] * 1e3:>7.2f} ms{medians[name] / own:>8.2f}{photo.idle() * 1e3:>33.0f} ms")
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def _threads(asked: int | None) -> Finding:
         "affinity": sorted(cpus),
         "quota": quota,
         "usable": threads.usable_cpus(),
-        "physical_cores": threads.physical_cores(cpus),
+        "physical_cores": len(threads.physical_cores(cpus)),
         "intra_op_threads": threads.thread_count(asked) or None,
     }
     used = facts["intra_op_threads"] or "as many as ONNX Runtime counts cores"

@@ -15,7 +15,7 @@ from caption_rt._rows import Decoded, DeviceRows, Encoded, Gather, Rows, engine_
 from caption_rt.bundle import Bundle, GraphSpec, TensorSpec
 from caption_rt.devices import Device, Missing, missing_cuda, parse_device
 from caption_rt.errors import BundleError, EngineError, printable
-from caption_rt.threads import thread_count, usable_cpus
+from caption_rt.threads import thread_count, usable_cpus, worker_processors
 
 try:
     import onnxruntime
@@ -352,6 +352,9 @@ def _session_options(intra_op_threads: int | None) -> Any:
     options.add_session_config_entry("session.intra_op.spin_duration_us", "10")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.intra_op_num_threads = thread_count(intra_op_threads)
+    # ONNX Runtime counts processors from 1: "2,10;3,11" binds two threads, each to two.
+    if bound := ";".join(",".join(str(cpu + 1) for cpu in core) for core in worker_processors(intra_op_threads)):
+        options.add_session_config_entry("session.intra_op_thread_affinities", bound)
     return options
 
 

@@ -7,7 +7,15 @@ from pathlib import Path, PurePosixPath
 
 from caption_rt.errors import OptionsError
 
-__all__ = ["affinity", "default_threads", "physical_cores", "quota", "thread_count", "usable_cpus"]
+__all__ = [
+    "affinity",
+    "default_threads",
+    "physical_cores",
+    "quota",
+    "thread_count",
+    "usable_cpus",
+    "worker_processors",
+]
 
 _ROOT = Path("/")
 
@@ -30,7 +38,7 @@ def default_threads(root: Path = _ROOT) -> int:
 
     The two threads of a core share its arithmetic units, which matrix products keep busy by themselves.
     """
-    return max(min(usable_cpus(root), physical_cores(affinity(), root)), 1)
+    return max(min(usable_cpus(root), len(physical_cores(affinity(), root))), 1)
 
 
 def thread_count(asked: int | None) -> int:
@@ -61,15 +69,38 @@ def affinity() -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
-def physical_cores(cpus: Iterable[int], root: Path = _ROOT) -> int:
-    """How many physical cores a set of processors belongs to; where only Linux would tell, each is its own."""
-    cores = set()
-    for cpu in cpus:
+def physical_cores(cpus: Iterable[int], root: Path = _ROOT) -> list[tuple[int, ...]]:
+    """A set of processors by the physical core they belong to, in order; where only Linux would tell, each is its own.
+
+    Args:
+        cpus: numbers of processors.
+        root: see `usable_cpus`.
+    """
+    cores: dict[str, list[int]] = {}
+    for cpu in sorted(cpus):
         topology = root / "sys/devices/system/cpu" / f"cpu{cpu}" / "topology"
         # The processors of the same core, as "0,64"; the second name is that of kernels before 5.3.
         siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
-        cores.add(siblings or str(cpu))
-    return len(cores)
+        cores.setdefault(siblings or str(cpu), []).append(cpu)
+    return [tuple(core) for core in cores.values()]
+
+
+def worker_processors(asked: int | None, root: Path = _ROOT) -> list[tuple[int, ...]]:
+    """The processors to which each thread of a session is bound, but for the caller's; empty where none is.
+
+    A thread that wakes for an operator may be put on the processor of the one that woke it, and then both wait for each
+    other in turns: on two processors a small network took as long as with one thread. Left to itself, ONNX Runtime
+    binds a thread to each core of the machine; here it is each core of those that this process may use. Only where
+    these are all taken: processes with fewer threads than that would all be bound to the same.
+
+    Args:
+        asked: see `thread_count`.
+        root: see `usable_cpus`.
+    """
+    cores = physical_cores(affinity(), root)
+    if asked is not None or sys.platform != "linux" or default_threads(root) < len(cores):
+        return []
+    return cores[1:]
 
 
 def quota(root: Path = _ROOT) -> float | None:

@@ -75,6 +75,10 @@ def test_provider_device_and_threads(bundle, loaded, monkeypatch):
     with pytest.raises(OptionsError, match="intra_op_threads must be from 1 to 1024, not 0"):
         Engine(bundle, "cpu", intra_op_threads=0)
     monkeypatch.setattr(engine, "thread_count", lambda asked: asked or 3)
+    monkeypatch.setattr(engine, "worker_processors", lambda asked: [] if asked else [(1,), (0, 2)])
+    options = engine._session_options(None)
+    assert options.get_session_config_entry("session.intra_op_thread_affinities") == "2;1,3"
+    monkeypatch.setattr(engine, "worker_processors", lambda asked: [])
     assert engine._session_options(None).intra_op_num_threads == 3
     assert engine._session_options(7).intra_op_num_threads == 7
     assert Engine(bundle, "cpu").intra_op_threads == 3

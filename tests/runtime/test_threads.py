@@ -137,11 +137,17 @@ def test_the_network_gets_a_thread_a_physical_core(tmp_path, sixteen, monkeypatc
         (topology / name).write_text(f"{cpu % 8},{cpu % 8 + 8}\n")
     assert threads.usable_cpus(tmp_path) == 16
     assert threads.default_threads(tmp_path) == 8
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert threads.worker_processors(None, tmp_path) == [(cpu, cpu + 8) for cpu in range(1, 8)]
+    # Fewer threads than cores might be those of one process of many, which would all take the same cores.
+    assert threads.worker_processors(8, tmp_path) == []
     # Both processors of one core, and one of another.
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 9, 3})
     assert threads.default_threads(tmp_path) == 2
+    assert threads.worker_processors(None, tmp_path) == [(3,)]
     machine(tmp_path, "0::/\n", [V2], {"sys/fs/cgroup/cpu.max": "100000 100000"})
     assert threads.default_threads(tmp_path) == 1
+    assert threads.worker_processors(None, tmp_path) == []
 
 
 def test_threads_that_are_asked_for(monkeypatch):
@@ -217,6 +223,31 @@ def test_the_threads_asked_for_are_those_that_run(tiny_bundle, asked):
     usable, threads_used, started = run(ENGINE + COUNT, tiny_bundle, "all", asked)
     assert usable == threads.usable_cpus()
     assert (threads_used, started) == (asked, 3 * (asked - 1))
+
+
+PROCESSORS = """
+before = set(os.listdir("/proc/self/task"))
+engine = Engine(bundle, "cpu", json.loads(sys.argv[3]))
+caption(engine)
+started = [int(task) for task in os.listdir("/proc/self/task") if task not in before]
+# A thread binds itself, once it has begun.
+deadline = time.monotonic() + 10
+while True:
+    found = sorted(sorted(os.sched_getaffinity(task)) for task in started)
+    if found == json.loads(sys.argv[4]) or time.monotonic() > deadline:
+        break
+    time.sleep(0.01)
+json.dump(found, sys.stdout)
+"""
+
+
+@LINUX
+def test_threads_are_bound_where_they_take_every_core_of_the_process(tiny_bundle):
+    """Those of all three sessions to the same; the calling thread goes where it likes, as before."""
+    bound = sorted(3 * [list(core) for core in threads.worker_processors(None)])
+    assert run(ENGINE + PROCESSORS, tiny_bundle, "all", "null", bound) == bound
+    free = [sorted(os.sched_getaffinity(0))] * 3
+    assert run(ENGINE + PROCESSORS, tiny_bundle, "all", 2, free) == free
 
 
 IDLE = """
