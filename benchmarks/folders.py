@@ -2,11 +2,11 @@
 
     python benchmarks/folders.py PHOTOS models/default /tmp/full-size --photos 200
 
-PHOTOS are made into two folders, one of 640x480 and one of 12 megapixels (JPEG, quality 92, a little noise, so that a
-file is not easier to decode than a camera's). Alternates, in one process: the extractor alone at its best batch size;
-and whole runs over each folder, greedy, at most 12 words, without the guard (random weights give degenerate captions
-alone), to JSON lines with a ledger. Prints photos a second, the ratio to the bare extractor, and what reading one photo
-takes of one processor, which is what bounds large photos.
+The photos of PHOTOS and of all folders in it are made into two folders, one of 640x480 and one of 12 megapixels (JPEG,
+quality 92, a little noise, so that a file is not easier to decode than a camera's). Alternates, in one process: the
+extractor alone at its best batch size; and whole runs over each folder, greedy, at most 12 words, without the guard
+(random weights give degenerate captions alone), to JSON lines with a ledger. Prints photos a second, the ratio to the
+bare extractor, and what reading one photo takes of one processor, which is what bounds large photos.
 """
 
 import argparse
@@ -118,7 +118,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=BatchSettings.batch_size)
     parser.add_argument("--workers", type=int, default=BatchSettings.workers)
     arguments = parser.parse_args()
-    originals = sorted(arguments.originals.iterdir())
+    # As a run finds them; of what is no folder, nothing.
+    folders = [str(arguments.originals)] if arguments.originals.is_dir() else []
+    originals = [Path(source.path) for source in find_sources(folders, Selection()) if source.error is None]
+    if not originals:
+        parser.error(f"there is no photo in {arguments.originals}")
     with tempfile.TemporaryDirectory() as folder:
         small = make_folder(originals, Path(folder, "small"), 640 * 480, arguments.photos)
         large = make_folder(originals, Path(folder, "large"), 12e6, arguments.large)
