@@ -55,7 +55,7 @@ def test_there_are_commands_to_look_at():
         "caption-export",
         "caption-train train",
         "caption-train evaluate",
-        *["caption-train distill"],
+        *["caption-train distill", "caption-train fetch", "caption-train report"],
     }
     assert sum(len(list(calls(path))) for path in DOCUMENTS) > 25
 

@@ -10,6 +10,7 @@ NEED_TENSORFLOW = [
     "test_cli.py",
     "test_distill.py",
     "test_finetune.py",
+    "test_extraction.py",
     "test_inception.py",
     "test_model.py",
     "test_runs.py",

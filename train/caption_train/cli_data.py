@@ -81,7 +81,8 @@ def fetch(
 @click.option("--images", type=PATH, help="Folder of the photos, where it is not found beside the captions.")
 @click.option("--limit", type=click.IntRange(min=2), help="Take so many photos, as 'train' does.  [default: all]")
 @click.option("--validation-share", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2)
-@click.option("--data-seed", type=int, default=0, help="Decides which photos --limit and --validation-share take.")
+@click.option("--validation-limit", type=COUNT, help="Validate on so many photos at most, as 'train' does.")
+@click.option("--data-seed", type=int, default=0, help="Decides which photos the limits and --validation-share take.")
 @click.option(
     "--max-missing-share",
     type=click.FloatRange(0, 1),
@@ -98,6 +99,7 @@ def report(
     images: Path | None,
     limit: int | None,
     validation_share: float,
+    validation_limit: int | None,
     data_seed: int,
     max_missing_share: float,
     vocabulary: tuple[int, ...],
@@ -119,6 +121,7 @@ def report(
         seed=data_seed,
         validation_share=validation_share,
         max_missing_share=max_missing_share,
+        validation_limit=validation_limit,
     )
     count = 0 if no_photos else len(dataset.train) + len(dataset.validation) + len(dataset.test)
     with progress_bar("photos", count) as advance:
