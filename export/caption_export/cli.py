@@ -1,4 +1,4 @@
-"""`caption-export`: parses, calls, prints."""
+"""`caption-export`: the command, of which each command has a file."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from caption_export.cli_export import export
 from caption_rt import __version__
-from caption_rt.console import echo, run_command
-from caption_rt.errors import printable
-from caption_train.console import quiet_stderr
-from caption_train.datasets import photos_in
-
-if TYPE_CHECKING:
-    from caption_export.parity import Report
+from caption_rt.console import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,93 +19,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(command, "caption-export", arguments, extra="export")
 
 
-@click.command(
+class _ExportByDefault(click.Group):
+    """A group whose commands are the tools around bundles, and which exports where none of them is named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the name of the default command before what is no command's name and no option of the group."""
+        own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
+        if not args or args[0] not in {*self.commands, *own}:
+            args = [export.name or "", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(
+    cls=_ExportByDefault,
+    no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="caption-export", message="%(prog)s %(version)s")
-@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--photos",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="Folder of real photos on which TensorFlow and ONNX Runtime are compared.",
-)
-@click.option("--limit-photos", type=click.IntRange(1), default=16, help="Take so many of them, by path.")
-@click.option(
-    "--checkpoint",
-    type=click.Choice(["best", "last"]),
-    default="best",
-    help="The one with the lowest validation loss, or the last one.",
-)
-@click.option("--name", help="Short name of the model; the name of OUT if not given.")
-@click.option("--license", "license_", default="not stated", help="Licence of the weights: SPDX, or a sentence.")
-@click.option("--description", default="", help="What it is, in a sentence or two.")
-@click.option("--beam", type=click.IntRange(1, 1000), default=1, help="The bundle's default beam size; 1 is greedy.")
-@click.option("--length-penalty", type=click.FloatRange(0), default=0.0, help="The bundle's default.")
-@click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
-def command(
-    run: Path,
-    out: Path,
-    photos: Path,
-    limit_photos: int,
-    checkpoint: str,
-    name: str | None,
-    license_: str,
-    description: str,
-    beam: int,
-    length_penalty: float,
-    overwrite: bool,
-) -> None:
-    """Convert the trained RUN to ONNX, compare it with TensorFlow, and write the bundle OUT.
+def command() -> None:
+    """Turn a trained run into a bundle for caption-rt, and work with bundles.
 
-    Nothing is written where ONNX Runtime does not give what TensorFlow gives: names, shapes and values of each graph,
-    and the words of every photo, greedy and with a beam.
+    \b
+      caption-export RUN OUT --photos DIR     the command "export", if none is named
 
-    Exit codes: 0 done, 1 disk, 2 options, 3 bundle, 6 no photos, 7 run, 8 not exportable or not equal, 130 interrupted
-    (Ctrl-C).
-    """
-    _say_progress()
-    paths = photos_in(photos)[:limit_photos]
-    with quiet_stderr():
-        from caption_export.exporting import export_bundle
-        from caption_train.runs import open_run
-    report = export_bundle(
-        open_run(run, checkpoint),
-        paths,
-        out,
-        name=name or out.resolve().name,
-        license=license_,
-        description=description,
-        beam_size=beam,
-        length_penalty=length_penalty,
-        overwrite=overwrite,
-    )
-    echo(_table(report))
-    echo(f"\n{printable(out)}")
-
-
-def _table(report: Report) -> str:
-    """The verification, a line an output or search."""
-    from caption_export.parity import search_name
-
-    rows = [("graph", "output", "largest difference", "allowed", "on")]
-    for tensor in report.tensors:
-        allowed = f"{tensor.tolerance.absolute:g} + {tensor.tolerance.relative:g} of value"
-        rows.append((tensor.graph, tensor.tensor, f"{tensor.max_difference:.2e}", allowed, tensor.photo))
-    for search in report.searches:
-        counts = f"{search.words} words of {search.captions} images are the same"
-        rows.append(
-            (search_name(search.options), "log_prob", f"{search.max_difference:.2e}", f"{search.tolerance:g}", counts)
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
-    )
-
-
-def _say_progress() -> None:
-    """Our own progress lines on stderr, and of the libraries only errors."""
+    Exit codes: 0 done, 1 disk, 2 options, 3 bundle, 6 no photos or no data set, 7 run, 8 not exportable or not equal,
+    130 interrupted (Ctrl-C).
+    """  # noqa: D301 - \b is click's mark for lines that stay as they are
+    # Our own progress lines on stderr, and of the libraries only errors.
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     for package in ("caption_export", "caption_train", "caption_rt"):
         logging.getLogger(package).setLevel(logging.INFO)
@@ -121,3 +54,7 @@ def _say_progress() -> None:
     # Before TensorFlow is imported, which reads them once.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["KERAS_BACKEND"] = "tensorflow"  # there is no other for these models, whatever Keras is set to
+
+
+for _part in (export,):
+    command.add_command(_part)

@@ -112,4 +112,17 @@ def test_ctrl_c_ends_with_130(call, run_folder, photos, tmp_path, monkeypatch):
 def test_photos_must_be_given(call, tmp_path):
     result = call(tmp_path, tmp_path / "out")
     assert result.exit_code == 2
-    assert result.stderr == "caption-export: error: Missing option '--photos' (see caption-export --help)\n"
+    assert result.stderr == "caption-export: error: Missing option '--photos' (see caption-export export --help)\n"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--photos", "."), ("export",)])
+def test_what_names_no_command_is_an_export(call, arguments):
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "Missing argument 'RUN' (see caption-export export --help)" in result.stderr
+
+
+def test_help_lists_the_commands_and_version_is_the_groups(call):
+    assert "  export " in call("--help").stdout
+    assert "--limit-photos" in call("export", "--help").stdout
+    assert call("--version").stdout.startswith("caption-export ")
