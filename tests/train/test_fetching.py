@@ -310,6 +310,15 @@ def test_killed_from_outside_while_it_unpacks(tmp_path: Path, server: FileServer
     assert content(folder) == many
 
 
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses before each new attempt, which nobody waits for."""
+    found: list[float] = []
+    monkeypatch.setattr(download_module.time, "sleep", found.append)
+    return found
+
+
+@pytest.mark.usefixtures("pauses")
 def test_a_server_that_does_not_resume(tmp_path: Path, server: FileServer, addresses: Callable[..., Path]) -> None:
     server.ranges, server.break_after = False, [5000]
     assert main(["fetch", "coco", str(tmp_path), "--addresses", str(addresses()), "--yes", "--only", "train"]) == 0
@@ -318,7 +327,7 @@ def test_a_server_that_does_not_resume(tmp_path: Path, server: FileServer, addre
 
 
 def test_a_file_that_changed_on_the_server_meanwhile(
-    tmp_path: Path, server: FileServer, addresses: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: FileServer, addresses: Callable[..., Path]
 ) -> None:
     arguments = ["fetch", "coco", str(tmp_path), "--yes", "--only", "val"]
     part = tmp_path / "val2014.zip.part"
@@ -330,6 +339,7 @@ def test_a_file_that_changed_on_the_server_meanwhile(
     assert content(tmp_path) == photos("val2014", VALIDATION)
 
 
+@pytest.mark.usefixtures("pauses")
 @pytest.mark.parametrize("beginning", [b"x" * 10**6, b"x" * 700])
 def test_a_beginning_of_something_else(
     tmp_path: Path, server: FileServer, addresses: Callable[..., Path], beginning: bytes
@@ -349,10 +359,8 @@ def test_a_beginning_of_something_else(
 
 
 def test_a_connection_that_breaks_is_taken_up_again(
-    tmp_path: Path, server: FileServer, addresses: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: FileServer, addresses: Callable[..., Path], pauses: list[float]
 ) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr(download_module.time, "sleep", pauses.append)
     server.break_after, server.failures = [3000, 4000, 0, 0, 0, 1000], [503]
     assert main(["fetch", "coco", str(tmp_path), "--addresses", str(addresses()), "--yes", "--only", "train"]) == 0
     starts = [None, None, 3000, 7000, 7000, 7000, 7000, 8000]
@@ -361,10 +369,8 @@ def test_a_connection_that_breaks_is_taken_up_again(
     assert content(tmp_path) == photos("train2014", TRAIN)
 
 
-def test_a_server_that_never_goes_on(
-    tmp_path: Path, server: FileServer, addresses: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(download_module.time, "sleep", lambda seconds: None)
+@pytest.mark.usefixtures("pauses")
+def test_a_server_that_never_goes_on(tmp_path: Path, server: FileServer, addresses: Callable[..., Path]) -> None:
     server.break_after = [3000, 0, 0, 0, 0, 0]
     result = main(["fetch", "coco", str(tmp_path), "--addresses", str(addresses()), "--yes", "--only", "train"])
     assert (result, len(server.asked)) == (6, 5)
@@ -471,8 +477,8 @@ def test_addresses_that_are_malformed(tmp_path: Path, text: str, complaint: str)
         read_archives("coco", "2014", ["val"], addresses=path)
 
 
-def test_a_host_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download_module.time, "sleep", lambda seconds: None)
+@pytest.mark.usefixtures("pauses")
+def test_a_host_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"cannot be fetched from 127.0.0.1 \(Connection refused\)"):
         download_module.download("http://127.0.0.1:9/a.zip", tmp_path / "a.zip")
 
