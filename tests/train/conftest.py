@@ -11,6 +11,7 @@ NEED_TENSORFLOW = [
     "test_distill.py",
     "test_finetune.py",
     "test_extraction.py",
+    "test_importing.py",
     "test_inception.py",
     "test_model.py",
     "test_runs.py",
