@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from caption_rt.search import Step
+from caption_rt.search import SpecialTokens, Step
 
 PAD, UNK, START, END, A, B, C = range(7)
 BANNED = (PAD, UNK, START)
-SPECIALS = {"start_id": START, "end_id": END, "banned": BANNED}
+SPECIAL = SpecialTokens(START, END, frozenset(BANNED))
 
 
 @dataclass

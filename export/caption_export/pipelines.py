@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from caption_export.errors import ExportError
 from caption_export.graphs import ExportedGraph, graph_specs
 from caption_rt.bundle import GRAPH_TENSORS
+from caption_rt.captioning import special_tokens
 from caption_rt.engine import Graph
 from caption_rt.errors import BundleError, EngineError
 from caption_rt.options import DecodeOptions
@@ -155,13 +156,7 @@ def best_captions(
 
 def search(stepper: PipelineStepper, options: DecodeOptions, vocabulary: Vocabulary) -> list[list[Hypothesis]]:
     """The runtime's own search, with the ids of a vocabulary."""
-    return decode(
-        stepper,
-        options,
-        start_id=vocabulary.start_id,
-        end_id=vocabulary.end_id,
-        banned=vocabulary.unspoken_ids,
-    )
+    return decode(stepper, options, special_tokens(vocabulary, options))
 
 
 def chunks(images: NDArray[np.uint8], size: int) -> Iterator[NDArray[np.uint8]]:

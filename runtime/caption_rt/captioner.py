@@ -13,7 +13,7 @@ from PIL import Image
 
 from caption_rt.bundle import Bundle, default_bundle_path
 from caption_rt.caption import Caption, Timing, Word
-from caption_rt.captioning import SearchArguments, caption_of, frozen, search_arguments
+from caption_rt.captioning import caption_of, frozen, photo_seeds, special_tokens
 from caption_rt.engine import Engine
 from caption_rt.errors import BundleError, EngineError, ImageError, OptionsError, printable
 from caption_rt.guard import Guarded, decode_guarded, faults_of
@@ -195,7 +195,8 @@ class Captioner:
         options = options or self._options
         pixels, read_s = self._read(image)
         stepper = EngineStepper(self._use_engine(), [pixels])
-        search = Search(stepper, options, **self._searched([pixels], options))
+        special = special_tokens(self._bundle.vocabulary, options)
+        search = Search(stepper, options, special, photo_seed=photo_seeds([pixels]))
         given, decode_s, going_on = 0, 0.0, True
         while going_on:
             start = time.perf_counter()
@@ -290,7 +291,8 @@ class Captioner:
         options = options or self._options
         stepper = EngineStepper(self._use_engine(), pixels)
         start = time.perf_counter()
-        found = decode_guarded(stepper, options, **self._searched(pixels, options))
+        special = special_tokens(self._bundle.vocabulary, options)
+        found = decode_guarded(stepper, options, special, photo_seed=photo_seeds(pixels))
         decode_s = time.perf_counter() - start
         share = [seconds / len(pixels) for seconds in (stepper.extract_s, stepper.encode_s, decode_s)]
         return [
@@ -363,9 +365,6 @@ class Captioner:
                 raise photo
             else:
                 yield photo
-
-    def _searched(self, pixels: Sequence[NDArray[np.uint8]], options: DecodeOptions) -> SearchArguments:
-        return search_arguments(self._bundle.vocabulary, pixels, options)
 
     def _word(self, token: int, log_prob: float, attention: NDArray[np.float32]) -> Word:
         grid = self._bundle.manifest.grid

@@ -1,8 +1,7 @@
 """What a captioner does around its networks, whichever they are: the runtime's, and TensorFlow's in training."""
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
-from typing import TypedDict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,45 +9,38 @@ from numpy.typing import NDArray
 from caption_rt.caption import Caption, Timing
 from caption_rt.guard import Guarded, faults_of
 from caption_rt.options import DecodeOptions
+from caption_rt.search import SpecialTokens
 from caption_rt.strategies import Hypothesis
 from caption_rt.vocabulary import Vocabulary
 
-__all__ = ["SearchArguments", "caption_of", "frozen", "search_arguments"]
+__all__ = ["caption_of", "frozen", "photo_seeds", "special_tokens"]
 
 
-class SearchArguments(TypedDict):
-    """Arguments of `caption_rt.search.Search`."""
-
-    start_id: int
-    end_id: int
-    banned: Collection[int]
-    photo_seed: Callable[[int], int]
-
-
-def search_arguments(
-    vocabulary: Vocabulary, pixels: Sequence[NDArray[np.uint8]], options: DecodeOptions
-) -> SearchArguments:
-    """What a search must know of the vocabulary and the photos.
+def special_tokens(vocabulary: Vocabulary, options: DecodeOptions) -> SpecialTokens:
+    """What a search must know of a vocabulary.
 
     Args:
         vocabulary: the model's words.
-        pixels: uint8 [S, S, 3] each: the photos, in the order of the batch.
-        options: how to decode.
+        options: how to decode; `allow_unk` and `banned_words` tell what may be said.
     """
     banned = set(vocabulary.unspoken_ids) - ({vocabulary.unk_id} if options.allow_unk else set())
     for word in options.banned_words:
         banned |= set(vocabulary.encode(word)) - {vocabulary.unk_id}
+    return SpecialTokens(vocabulary.start_id, vocabulary.end_id, frozenset(banned))
+
+
+def photo_seeds(pixels: Sequence[NDArray[np.uint8]]) -> Callable[[int], int]:
+    """The number on which samples of a photo depend, by its place in the batch; see `caption_rt.search.Search`.
+
+    Args:
+        pixels: uint8 [S, S, 3] each: the photos, in the order of the batch.
+    """
 
     def photo_seed(photo: int) -> int:
         # The photo's content rather than its place: it gets the same caption whatever photos come before it.
         return int.from_bytes(hashlib.blake2b(pixels[photo].tobytes(), digest_size=8).digest(), "little")
 
-    return {
-        "start_id": vocabulary.start_id,
-        "end_id": vocabulary.end_id,
-        "banned": banned,
-        "photo_seed": photo_seed,
-    }
+    return photo_seed
 
 
 def caption_of(found: Guarded, vocabulary: Vocabulary, grid: tuple[int, int], provider: str, timing: Timing) -> Caption:

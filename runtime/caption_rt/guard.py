@@ -14,10 +14,10 @@ until one gives a caption without a fault:
 3. the most likely of 10 samples at temperature 0.7, in which no two words come twice in the same order.
 
 Where all have faults, the first of those with the fewest is given. The figures come from real captions: see
-docs/decisions.md, "The guard".
+docs/decisions.md, "The guard against degenerate captions".
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caption_rt.options import DecodeOptions, Strategy
-from caption_rt.search import Rows, Step, Stepper, decode
+from caption_rt.search import Rows, SpecialTokens, Step, Stepper, decode
 from caption_rt.strategies import Hypothesis
 
 __all__ = ["Fault", "Guarded", "decode_guarded", "faults_of", "strategies_after"]
@@ -85,10 +85,8 @@ def strategies_after(options: DecodeOptions) -> Iterator[DecodeOptions]:
 def decode_guarded(
     stepper: Stepper,
     options: DecodeOptions,
+    special: SpecialTokens,
     *,
-    start_id: int,
-    end_id: int,
-    banned: Collection[int],
     photo_seed: Callable[[int], int] | None = None,
 ) -> list[Guarded]:
     """Caption every photo of a batch, and decode degenerate captions again if `options.guard` is set.
@@ -96,9 +94,7 @@ def decode_guarded(
     Args:
         stepper: see `caption_rt.search.Search`, as for all arguments.
         options: see `caption_rt.search.Search`.
-        start_id: see `caption_rt.search.Search`.
-        end_id: see `caption_rt.search.Search`.
-        banned: see `caption_rt.search.Search`.
+        special: see `caption_rt.search.Search`.
         photo_seed: see `caption_rt.search.Search`.
 
     Raises:
@@ -109,9 +105,7 @@ def decode_guarded(
         found = decode(
             _Some(stepper, photos),
             options,
-            start_id=start_id,
-            end_id=end_id,
-            banned=banned,
+            special,
             photo_seed=lambda photo: photo_seed(int(photos[photo])) if photo_seed else int(photos[photo]),
         )
         return [Guarded(hypotheses, options.strategy, (), faults_of(hypotheses[0])) for hypotheses in found]

@@ -4,7 +4,7 @@ This module knows neither ONNX nor files: the runtime's decoder graph and the Ke
 How words are chosen stands in `caption_rt.strategies`, what may not be chosen in `caption_rt.filters`.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -15,12 +15,23 @@ from caption_rt.filters import filters_of
 from caption_rt.options import DecodeOptions
 from caption_rt.strategies import Beam, Hypothesis, Live, PhotoSearch, Samples
 
-__all__ = ["Rows", "Search", "Step", "Stepper", "decode"]
+__all__ = ["Rows", "Search", "SpecialTokens", "Step", "Stepper", "decode"]
 
 
 Rows: TypeAlias = Any
 """Something with a row for each hypothesis, of which ``rows[int64 [k]]`` gives some, in that order, one perhaps several
 times: a NumPy array, or an array on a GPU that stays there."""
+
+
+class SpecialTokens(NamedTuple):
+    """The token ids that mean something to a search; `caption_rt.captioning.special_tokens` gives a vocabulary's."""
+
+    start_id: int
+    """Given to the decoder before the first word."""
+    end_id: int
+    """Ends a caption."""
+    banned: frozenset[int]
+    """Never chosen: padding, start, unknown words, and what a caller does not want to hear."""
 
 
 class Step(NamedTuple):
@@ -60,9 +71,7 @@ class Search:
     Args:
         stepper: the decoder, over n photos.
         options: how to decode.
-        start_id: token id given before the first word.
-        end_id: token id that ends a caption.
-        banned: token ids that are never chosen (padding, start, unknown).
+        special: the token ids that mean something.
         photo_seed: for the number of a photo, 0 to n - 1, a number of its own, 0 to 2**64 - 1, on which samples of it
             depend; None takes the photo's number. Only asked when sampling.
     """
@@ -71,23 +80,21 @@ class Search:
         self,
         stepper: Stepper,
         options: DecodeOptions,
+        special: SpecialTokens,
         *,
-        start_id: int,
-        end_id: int,
-        banned: Collection[int],
         photo_seed: Callable[[int], int] | None = None,
     ) -> None:
         """Begin with no words."""
         self._stepper = stepper
-        self._filters = filters_of(options, end_id=end_id, banned=banned)
+        self._filters = filters_of(options, end_id=special.end_id, banned=special.banned)
         self._photos: list[PhotoSearch] = [
-            Samples(options, end_id, photo_seed(photo) if photo_seed else photo)
+            Samples(options, special.end_id, photo_seed(photo) if photo_seed else photo)
             if options.sample
-            else Beam(options, end_id)
+            else Beam(options, special.end_id)
             for photo in range(stepper.batch_size)
         ]
         self._images = np.repeat(np.arange(len(self._photos)), options.n_best if options.sample else 1)
-        self._tokens = np.full(len(self._images), start_id, dtype=np.int64)
+        self._tokens = np.full(len(self._images), special.start_id, dtype=np.int64)
         self._state = stepper.initial_state()
         if len(self._images) > len(self._photos):
             self._state = self._state[self._images]
@@ -136,10 +143,8 @@ class Search:
 def decode(
     stepper: Stepper,
     options: DecodeOptions,
+    special: SpecialTokens,
     *,
-    start_id: int,
-    end_id: int,
-    banned: Collection[int],
     photo_seed: Callable[[int], int] | None = None,
 ) -> list[list[Hypothesis]]:
     """Caption every photo of a batch: greedy, by a beam or by samples, without the guard.
@@ -150,9 +155,7 @@ def decode(
     Args:
         stepper: see `Search`, as for all arguments.
         options: see `Search`.
-        start_id: see `Search`.
-        end_id: see `Search`.
-        banned: see `Search`.
+        special: see `Search`.
         photo_seed: see `Search`.
 
     Returns:
@@ -161,7 +164,7 @@ def decode(
     Raises:
         EngineError: the decoder gave a value that is no number, or allows no word at all.
     """
-    search = Search(stepper, options, start_id=start_id, end_id=end_id, banned=banned, photo_seed=photo_seed)
+    search = Search(stepper, options, special, photo_seed=photo_seed)
     while search.advance():
         pass
     return search.results()

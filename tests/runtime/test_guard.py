@@ -9,7 +9,7 @@ from caption_rt.guard import decode_guarded, faults_of, strategies_after
 from caption_rt.options import DecodeOptions
 from caption_rt.search import Step, decode
 from caption_rt.strategies import Hypothesis
-from steppers import END, SPECIALS, A, B, C, RandomStepper
+from steppers import END, SPECIAL, A, B, C, RandomStepper
 
 
 def hypothesis(tokens, log_prob=-1.0, ended="end"):
@@ -79,9 +79,9 @@ class Stutter(RandomStepper):
 def test_only_degenerate_captions_are_decoded_again():
     stepper = Stutter([1, 0, 1])
     options = DecodeOptions(max_words=6)
-    asked = decode(Stutter([1, 0, 1]), options, **SPECIALS)
+    asked = decode(Stutter([1, 0, 1]), options, SPECIAL)
     assert asked[1][0].tokens == (A,) * 6
-    found = decode_guarded(stepper, options, **SPECIALS)
+    found = decode_guarded(stepper, options, SPECIAL)
     assert [f.strategy for f in found] == ["greedy", "beam", "greedy"]
     assert [f.retried_for for f in found] == [(), ("repetition",), ()]
     assert [f.faults for f in found] == [(), (), ()]
@@ -93,7 +93,7 @@ def test_only_degenerate_captions_are_decoded_again():
 
 
 def test_without_the_guard_the_caption_stays_and_says_what_is_wrong():
-    (found,) = decode_guarded(Stutter([0]), DecodeOptions(max_words=6, guard=False), **SPECIALS)
+    (found,) = decode_guarded(Stutter([0]), DecodeOptions(max_words=6, guard=False), SPECIAL)
     assert found.hypotheses[0].tokens == (A,) * 6
     assert (found.strategy, found.retried_for, found.faults) == ("greedy", (), ("repetition",))
 
@@ -107,7 +107,7 @@ def test_where_nothing_helps_the_first_of_the_least_faulty_is_given():
             rows = np.full_like(step.log_probs, -9.0)
             return step._replace(log_probs=rows)
 
-    (found,) = decode_guarded(Mumble([0]), DecodeOptions(max_words=3), **SPECIALS)
+    (found,) = decode_guarded(Mumble([0]), DecodeOptions(max_words=3), SPECIAL)
     assert found.retried_for == ("low_log_prob",)
     assert found.faults == ("low_log_prob",)
     assert found.strategy == "greedy"
@@ -115,7 +115,7 @@ def test_where_nothing_helps_the_first_of_the_least_faulty_is_given():
 
 def test_the_guard_leaves_as_many_captions_as_were_asked_for():
     options = DecodeOptions(max_words=6, beam_size=2, n_best=2)
-    for found in decode_guarded(Stutter([0, 1]), options, **SPECIALS):
+    for found in decode_guarded(Stutter([0, 1]), options, SPECIAL):
         assert len(found.hypotheses) == 2
 
 
@@ -125,7 +125,7 @@ def test_samples_of_a_retry_depend_on_the_photo_and_not_on_its_place():
 
     options = DecodeOptions(max_words=6)
     seeds = {0: 77, 1: 78}
-    both = decode_guarded(Endless([0, 0]), options, photo_seed=seeds.__getitem__, **SPECIALS)
-    alone = decode_guarded(Endless([0]), options, photo_seed=lambda _: 78, **SPECIALS)
+    both = decode_guarded(Endless([0, 0]), options, SPECIAL, photo_seed=seeds.__getitem__)
+    alone = decode_guarded(Endless([0]), options, SPECIAL, photo_seed=lambda _: 78)
     assert both[1].hypotheses[0].tokens == alone[0].hypotheses[0].tokens
     assert replace(both[1], hypotheses=[]) == replace(alone[0], hypotheses=[])

@@ -8,7 +8,7 @@ import pytest
 from caption_rt.errors import EngineError
 from caption_rt.options import DecodeOptions
 from caption_rt.search import Search, Step, decode
-from steppers import BANNED, END, SPECIALS, START, A, B, C, RandomStepper
+from steppers import BANNED, END, SPECIAL, START, A, B, C, RandomStepper
 
 
 def score_of(log_prob, length, penalty):
@@ -78,7 +78,7 @@ def assert_same(actual, expected):
 def test_a_beam_that_holds_everything_finds_the_best_captions_there_are(seed, penalty):
     stepper = RandomStepper([seed])
     options = DecodeOptions(beam_size=200, n_best=200, length_penalty=penalty, max_words=4)
-    (found,) = decode(stepper, options, **SPECIALS)
+    (found,) = decode(stepper, options, SPECIAL)
     expected = every_caption(stepper, 0, options)
     assert len(expected) == len(found) == 1 + 3 + 9 + 27 + 81
     assert_same(facts(found), expected)
@@ -91,10 +91,10 @@ def test_beam_search_is_the_reference_of_each_photo(beam_size, penalty, levels):
     """Also: a photo's result does not depend on its neighbours, and stopping early changes nothing of the best."""
     stepper = RandomStepper(list(range(16)), vocabulary=9, levels=levels)
     options = DecodeOptions(beam_size=beam_size, n_best=beam_size, length_penalty=penalty, max_words=9)
-    together = decode(stepper, options, **SPECIALS)
+    together = decode(stepper, options, SPECIAL)
     for photo, hypotheses in enumerate(together):
         assert_same(facts(hypotheses), reference_beam(stepper, photo, options))
-        (alone,) = decode(RandomStepper([photo], vocabulary=9, levels=levels), options, **SPECIALS)
+        (alone,) = decode(RandomStepper([photo], vocabulary=9, levels=levels), options, SPECIAL)
         assert facts(alone) == facts(hypotheses)
 
 
@@ -104,22 +104,23 @@ def test_a_beam_over_thousands_of_words_is_the_reference(beam_size, levels):
     """With so many words, few are looked at; with few levels, hundreds are as good as the last one that is kept."""
     options = DecodeOptions(beam_size=beam_size, n_best=beam_size, length_penalty=0.7, max_words=4)
     stepper = RandomStepper([3], vocabulary=2500, levels=levels)
-    (found,) = decode(stepper, options, **SPECIALS)
+    (found,) = decode(stepper, options, SPECIAL)
     assert_same(facts(found), reference_beam(stepper, 0, options))
 
 
 def test_a_beam_takes_the_words_that_are_left():
     """All but four words are forbidden, in a vocabulary of thousands."""
     stepper = RandomStepper([1], vocabulary=2500)
-    ids = SPECIALS | {"banned": set(range(2500)) - {END, 100, 1000, 2000}}
-    (found,) = decode(stepper, DecodeOptions(beam_size=40, n_best=40, max_words=2), **ids)
+    left = frozenset({END, 100, 1000, 2000})
+    special = SPECIAL._replace(banned=frozenset(range(2500)) - left)
+    (found,) = decode(stepper, DecodeOptions(beam_size=40, n_best=40, max_words=2), special)
     assert {hypothesis.tokens[:1] for hypothesis in found} == {(), (100,), (1000,), (2000,)}
     assert len(found) == 1 + 3 + 9
 
 
 def test_greedy_takes_the_most_likely_word_each_time():
     stepper = RandomStepper(list(range(30)))
-    for photo, (hypothesis,) in enumerate(decode(stepper, DecodeOptions(max_words=6), **SPECIALS)):
+    for photo, (hypothesis,) in enumerate(decode(stepper, DecodeOptions(max_words=6), SPECIAL)):
         tokens = []
         while len(tokens) < 6:
             allowed = stepper.initial_state()[photo : photo + 1]
@@ -136,7 +137,7 @@ def test_greedy_takes_the_most_likely_word_each_time():
 
 def test_log_probabilities_and_attention_belong_to_the_words():
     stepper = RandomStepper([3, 4, 5, 6])
-    for photo, hypotheses in enumerate(decode(stepper, DecodeOptions(beam_size=4, n_best=4, max_words=5), **SPECIALS)):
+    for photo, hypotheses in enumerate(decode(stepper, DecodeOptions(beam_size=4, n_best=4, max_words=5), SPECIAL)):
         for hypothesis in hypotheses:
             tokens = hypothesis.tokens
             whole = (*tokens, END) if hypothesis.ended == "end" else tokens
@@ -150,10 +151,10 @@ def test_log_probabilities_and_attention_belong_to_the_words():
 
 def test_equal_words_go_to_the_lower_token_id():
     stepper = RandomStepper([0], levels=1)
-    (greedy,) = decode(stepper, DecodeOptions(max_words=3), **SPECIALS)
+    (greedy,) = decode(stepper, DecodeOptions(max_words=3), SPECIAL)
     assert greedy[0].tokens == ()
     stepper.log_probs = lambda token, state: np.where(np.arange(7) == END, -9.0, -1.0)
-    (beam,) = decode(stepper, DecodeOptions(beam_size=3, n_best=3, max_words=2), **SPECIALS)
+    (beam,) = decode(stepper, DecodeOptions(beam_size=3, n_best=3, max_words=2), SPECIAL)
     assert [h.tokens for h in beam] == [(A, A), (A, B), (A, C)]
 
 
@@ -168,7 +169,7 @@ def test_finished_photos_leave_the_batch():
         return Step(rows, state - 1, np.zeros((len(tokens), 2), np.float32))
 
     stepper.step = step
-    result = decode(stepper, DecodeOptions(max_words=10), **SPECIALS)
+    result = decode(stepper, DecodeOptions(max_words=10), SPECIAL)
     assert [h[0].tokens for h in result] == [(A, A, A), (), (A,)]
     assert stepper.sizes == [[0, 1, 2], [0, 2], [0], [0]]
     assert [h[0].ended for h in result] == ["end"] * 3
@@ -188,7 +189,7 @@ def test_a_beam_stops_when_nothing_can_get_better():
         return Step(rows, state + 1, np.zeros((len(tokens), 2), np.float32))
 
     stepper.step = step
-    (hypotheses,) = decode(stepper, DecodeOptions(beam_size=2, max_words=50), **SPECIALS)
+    (hypotheses,) = decode(stepper, DecodeOptions(beam_size=2, max_words=50), SPECIAL)
     assert hypotheses[0].tokens == (A, A)
     assert stepper.sizes == [1, 2, 2]
 
@@ -197,7 +198,7 @@ def test_max_words_cuts():
     stepper = RandomStepper([0, 1])
     stepper.log_probs = lambda token, state: np.where(np.arange(7) == END, -50.0, -1.0 - np.arange(7))
     for beam_size in (1, 3):
-        for hypotheses in decode(stepper, DecodeOptions(beam_size=beam_size, max_words=3), **SPECIALS):
+        for hypotheses in decode(stepper, DecodeOptions(beam_size=beam_size, max_words=3), SPECIAL):
             assert hypotheses[0].tokens == (A, A, A)
             assert hypotheses[0].ended == "max_words"
             assert hypotheses[0].log_prob == pytest.approx(-15)
@@ -207,13 +208,13 @@ def test_banned_tokens_are_never_chosen_however_likely():
     stepper = RandomStepper([0])
     stepper.log_probs = lambda token, state: np.array([-0.1, -0.1, -0.1, -5, -4, -3, -6])
     for beam_size in (1, 4):
-        (hypotheses,) = decode(stepper, DecodeOptions(beam_size=beam_size, max_words=2), **SPECIALS)
+        (hypotheses,) = decode(stepper, DecodeOptions(beam_size=beam_size, max_words=2), SPECIAL)
         assert all(set(h.tokens) <= {A, B, C} for h in hypotheses)
     assert hypotheses[0].log_prob == pytest.approx(-5)
 
 
 def test_no_photos_no_captions():
-    assert decode(RandomStepper([]), DecodeOptions(), **SPECIALS) == []
+    assert decode(RandomStepper([]), DecodeOptions(), SPECIAL) == []
 
 
 @pytest.mark.parametrize(
@@ -223,21 +224,21 @@ def test_a_broken_decoder_is_an_engine_error(value, message):
     stepper = RandomStepper([0])
     stepper.log_probs = lambda token, state: np.full(7, value)
     with pytest.raises(EngineError, match=message):
-        decode(stepper, DecodeOptions(beam_size=2), **SPECIALS)
+        decode(stepper, DecodeOptions(beam_size=2), SPECIAL)
 
 
 def plain(stepper, **limits):
     """What greedy search says of photo 0."""
-    return decode(stepper, DecodeOptions(max_words=6, **limits), **SPECIALS)[0][0]
+    return decode(stepper, DecodeOptions(max_words=6, **limits), SPECIAL)[0][0]
 
 
 def test_no_end_before_min_words():
     stepper = RandomStepper(list(range(40)))
-    shortest = min(len(h.tokens) for (h,) in decode(stepper, DecodeOptions(max_words=6), **SPECIALS))
+    shortest = min(len(h.tokens) for (h,) in decode(stepper, DecodeOptions(max_words=6), SPECIAL))
     assert shortest == 0
     for beam_size in (1, 3):
         options = DecodeOptions(beam_size=beam_size, n_best=beam_size, min_words=4, max_words=6)
-        for hypotheses in decode(stepper, options, **SPECIALS):
+        for hypotheses in decode(stepper, options, SPECIAL):
             assert all(len(h.tokens) >= 4 for h in hypotheses)
 
 
@@ -250,10 +251,10 @@ def test_no_sequence_of_words_comes_twice(size, sample):
         parts = [hypothesis.tokens[i : i + size] for i in range(len(hypothesis.tokens) - size + 1)]
         return len(set(parts)) < len(parts)
 
-    free = decode(stepper, DecodeOptions(sample=sample, min_words=8, max_words=8), **SPECIALS)
+    free = decode(stepper, DecodeOptions(sample=sample, min_words=8, max_words=8), SPECIAL)
     assert any(repeats(hypotheses[0]) for hypotheses in free)
     options = DecodeOptions(sample=sample, min_words=8, max_words=8, no_repeat_ngram=size)
-    for (hypothesis,) in decode(stepper, options, **SPECIALS):
+    for (hypothesis,) in decode(stepper, options, SPECIAL):
         assert not repeats(hypothesis)
 
 
@@ -261,21 +262,21 @@ def test_no_sequence_of_words_comes_twice(size, sample):
 def test_a_caption_that_the_options_leave_no_word_ends_there(sample):
     """Three words, none twice, and no end before the fifth: the caption is cut after three."""
     options = DecodeOptions(sample=sample, min_words=5, max_words=6, no_repeat_ngram=1)
-    (hypotheses,) = decode(RandomStepper([3]), options, **SPECIALS)
+    (hypotheses,) = decode(RandomStepper([3]), options, SPECIAL)
     assert sorted(hypotheses[0].tokens) == [A, B, C]
     assert hypotheses[0].ended == "no_word"
 
 
 def test_n_best_are_the_best_of_the_beam():
     stepper = RandomStepper([5])
-    (all_four,) = decode(stepper, DecodeOptions(beam_size=4, n_best=4, max_words=5), **SPECIALS)
-    (two,) = decode(stepper, DecodeOptions(beam_size=4, n_best=2, max_words=5), **SPECIALS)
+    (all_four,) = decode(stepper, DecodeOptions(beam_size=4, n_best=4, max_words=5), SPECIAL)
+    (two,) = decode(stepper, DecodeOptions(beam_size=4, n_best=2, max_words=5), SPECIAL)
     assert facts(two) == facts(all_four)[:2]
     assert [h.score for h in all_four] == sorted((h.score for h in all_four), reverse=True)
 
 
 def sampled(stepper, **options):
-    return decode(stepper, DecodeOptions(sample=True, **options), **SPECIALS)
+    return decode(stepper, DecodeOptions(sample=True, **options), SPECIAL)
 
 
 def test_samples_follow_the_models_distribution():
@@ -331,8 +332,8 @@ def test_a_seed_gives_the_same_sample_whatever_is_in_the_batch():
         (alone,) = decode(
             RandomStepper([photo]),
             DecodeOptions(sample=True, max_words=6, n_best=3, seed=5),
+            SPECIAL,
             photo_seed=lambda _, photo=photo: photo,
-            **SPECIALS,
         )
         assert facts(alone) == facts(together[photo])
     other = sampled(RandomStepper(seeds), max_words=6, seed=6)
@@ -358,7 +359,7 @@ def test_several_samples_are_ranked_and_each_is_given_once():
 @pytest.mark.parametrize("beam_size", [1, 4])
 def test_what_is_settled_is_never_taken_back(beam_size):
     stepper = RandomStepper(list(range(30)))
-    search = Search(stepper, DecodeOptions(beam_size=beam_size, max_words=7), **SPECIALS)
+    search = Search(stepper, DecodeOptions(beam_size=beam_size, max_words=7), SPECIAL)
     seen = [[] for _ in range(30)]
     while search.advance():
         for photo in range(30):

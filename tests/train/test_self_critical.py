@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from caption_rt.errors import OptionsError
 from caption_rt.options import DecodeOptions
-from caption_rt.search import decode
+from caption_rt.search import SpecialTokens, decode
 from caption_rt.vocabulary import Vocabulary
 from caption_train.batches import Batch, make_batch
 from caption_train.datasets import CaptionedImage
@@ -75,9 +75,7 @@ def test_greedy_is_what_the_search_finds(model: CaptionModel) -> None:
     found = decode(
         TensorFlowStepper(model).on(grid),
         DecodeOptions(max_words=MAX_WORDS),
-        start_id=rules.start_id,
-        end_id=rules.end_id,
-        banned=rules.banned,
+        SpecialTokens(rules.start_id, rules.end_id, frozenset(rules.banned)),
     )
     owners = np.array([3, 0, 1, 2, 3], np.int32)
     tokens = roll_out(model, grid, owners, np.zeros((5, MAX_WORDS), np.float32), rules).numpy()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caption_rt.caption import Caption, Timing
-from caption_rt.captioning import caption_of, search_arguments
+from caption_rt.captioning import caption_of, photo_seeds, special_tokens
 from caption_rt.guard import decode_guarded
 from caption_rt.options import DecodeOptions
 from caption_train.inception import extract_with
@@ -57,7 +57,7 @@ class RunCaptioner:
         extracted = time.perf_counter()
         stepper = self._stepper.on(grid.reshape(len(pixels), -1, self._channels))
         encoded = time.perf_counter()
-        found = decode_guarded(stepper, options, **search_arguments(vocabulary, pixels, options))
+        found = decode_guarded(stepper, options, special_tokens(vocabulary, options), photo_seed=photo_seeds(pixels))
         decoded = time.perf_counter()
         each = (extracted - start, encoded - extracted, decoded - encoded)
         timing = Timing(0.0, *(seconds / len(pixels) for seconds in each))
