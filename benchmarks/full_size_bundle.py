@@ -22,16 +22,16 @@ def write_run(folder: Path) -> None:
 
     from caption_rt.vocabulary import Vocabulary
     from caption_train.inception import ExtractorConfig, build_extractor, save_extractor
-    from caption_train.model import CaptionModel
-    from caption_train.training import TrainConfig, model_config
+    from caption_train.model import CaptionModel, model_config
+    from caption_train.settings import load_settings, render
 
     keras.utils.set_random_seed(0)
-    extractor_config, config = ExtractorConfig(), TrainConfig()
+    extractor_config, settings = ExtractorConfig(), load_settings()
     extractor = build_extractor(extractor_config)
     save_extractor(extractor, extractor_config, folder)
     vocabulary = Vocabulary.build([" ".join(f"word{i}" for i in range(5000))])
     rows, columns, channels = extractor.output_shape[1:]
-    model = CaptionModel(model_config(config, rows * columns, channels, len(vocabulary)))
+    model = CaptionModel(model_config(settings, rows * columns, channels, len(vocabulary)))
     # Flat log-probabilities would make every word a tie, on which two machines may differ.
     rng = np.random.default_rng(0)
     model.set_weights([weight + rng.normal(0, 0.05, weight.shape) for weight in model.get_weights()])
@@ -41,9 +41,9 @@ def write_run(folder: Path) -> None:
     tf.train.CheckpointManager(checkpoint, str(folder / "best"), max_to_keep=1).save(0)
     record = {
         "dataset": {"name": "none", "training_photos": 0, "training_captions": 0, "validation_photos": 0},
-        "training": asdict(config),
         "extractor": {**asdict(extractor_config), "weights": "none"},
     }
+    (folder / "settings.toml").write_text(render(settings), encoding="utf-8")
     for name, content in (("run", record), ("vocabulary", vocabulary.to_json())):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 

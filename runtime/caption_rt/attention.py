@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
     from caption_rt.caption import Caption
 
-__all__ = ["PLOT_FORMATS", "check_plot_path", "check_screen", "plot_attention", "save_plot", "show_plot", "upsample"]
+__all__ = [
+    "PLOT_FORMATS",
+    "check_plot_path",
+    "check_screen",
+    "highlight",
+    "plot_attention",
+    "save_plot",
+    "show_plot",
+    "upsample",
+]
 
 PLOT_FORMATS = ("png", "svg", "pdf")
 """What `save_plot` writes, by the ending of the file's name."""
@@ -87,6 +96,25 @@ def upsample(attention: NDArray[np.float32], size: tuple[int, int]) -> NDArray[n
     enlarged = np.maximum(np.asarray(image.resize(size, Image.Resampling.BICUBIC)), 0)
     strongest = enlarged.max()
     return np.asarray(enlarged / strongest if strongest > 0 else enlarged, dtype=np.float32)
+
+
+def highlight(photo: Image.Image, attention: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The photo with the places where the model looked bright and in colour, the others dark and grey.
+
+    Args:
+        photo: RGB.
+        attention: one word's, float32 [rows, columns].
+
+    Returns:
+        float32 [height, width, 3], 0 to 1.
+    """
+    light = upsample(attention, photo.size)[..., None]
+    pixels = np.asarray(photo, dtype=np.float32) / 255
+    # Where it did not look, the photo is dark and grey; where it looked, it is as it is, in its colours, with a little
+    # warm light, without which black things would be black either way.
+    grey = pixels.mean(axis=2, keepdims=True) * 0.35
+    shown = grey + (pixels - grey) * light
+    return np.asarray(shown + (1 - shown) * _GLOW * light, dtype=np.float32)
 
 
 def save_plot(image: ImageSource, caption: "Caption", path: str | os.PathLike[str]) -> None:
@@ -180,11 +208,5 @@ def _figure_class() -> "type[Figure]":
 
 
 def _draw_word(axes: "Axes", photo: Image.Image, attention: NDArray[np.float32], title: str) -> None:
-    light = upsample(attention, photo.size)[..., None]
-    pixels = np.asarray(photo, dtype=np.float32) / 255
-    # Where it did not look, the photo is dark and grey; where it looked, it is as it is, in its colours, with a little
-    # warm light, without which black things would be black either way.
-    grey = pixels.mean(axis=2, keepdims=True) * 0.35
-    shown = grey + (pixels - grey) * light
-    axes.imshow(shown + (1 - shown) * _GLOW * light)
+    axes.imshow(highlight(photo, attention))
     axes.set_title(title, fontsize="medium", parse_math=False)

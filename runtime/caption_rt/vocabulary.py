@@ -87,12 +87,13 @@ class Vocabulary:
         return len(self.words)
 
     @classmethod
-    def build(cls, captions: Iterable[str], max_words: int = 5000) -> "Vocabulary":
+    def build(cls, captions: Iterable[str], max_words: int = 5000, *, min_count: int = 1) -> "Vocabulary":
         """The vocabulary of a set of captions.
 
         Args:
             captions: as people wrote them; `normalize_caption` is applied.
             max_words: how many words to keep beside the four special tokens.
+            min_count: words that come less often are left out.
 
         Returns:
             <pad>, <unk>, <start>, <end> with ids 0 to 3, then the most frequent words; equally frequent ones in
@@ -106,7 +107,10 @@ class Vocabulary:
         counts = Counter(word for caption in captions for word in normalize_caption(caption) if word.isprintable())
         for special in SPECIALS:
             counts.pop(special, None)
-        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        ranked = sorted(
+            ((word, count) for word, count in counts.items() if count >= min_count),
+            key=lambda item: (-item[1], item[0]),
+        )
         return cls((*SPECIALS, *(word for word, _ in ranked[:max_words])))
 
     def encode(self, text: str) -> list[int]:

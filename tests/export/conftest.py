@@ -40,8 +40,8 @@ def write_run(folder: Path) -> None:
 
     from caption_rt.vocabulary import Vocabulary
     from caption_train.inception import ExtractorConfig, build_extractor, save_extractor
-    from caption_train.model import CaptionModel
-    from caption_train.training import TrainConfig, model_config
+    from caption_train.model import CaptionModel, model_config
+    from caption_train.settings import load_settings, render
 
     rng = np.random.default_rng(7)
     extractor_config = ExtractorConfig(width=0.1, size=75, layer="mixed4")  # a grid of 3x3 places
@@ -53,9 +53,16 @@ def write_run(folder: Path) -> None:
             layer.set_weights([rng.normal(0, 0.02, beta), rng.normal(0, 0.02, mean), rng.uniform(0.8, 1.5, variance)])
     save_extractor(extractor, extractor_config, folder)
     vocabulary = Vocabulary.build([WORDS])
-    config = TrainConfig(embedding_dim=10, units=12, max_words=MAX_WORDS)
+    settings = load_settings(
+        changes=[
+            "model.embedding_dim=10",
+            "model.units=12",
+            "model.initial_state=zeros",
+            f"captions.max_words={MAX_WORDS}",
+        ]
+    )
     rows, columns, channels = extractor.output_shape[1:]
-    model = CaptionModel(model_config(config, rows * columns, channels, len(vocabulary)))
+    model = CaptionModel(model_config(settings, rows * columns, channels, len(vocabulary)))
     rng = np.random.default_rng(10)
     spread = {channels: 0.4}  # of the encoder's kernel, whose inputs are larger than the others'
     model.set_weights([rng.normal(0, spread.get(weight.shape[0], 1.2), weight.shape) for weight in model.get_weights()])
@@ -66,10 +73,10 @@ def write_run(folder: Path) -> None:
         tf.train.CheckpointManager(checkpoint, str(folder / which), max_to_keep=1).save(30)
     record = {
         "dataset": {"name": "drawn", "training_photos": 40, "training_captions": 200, "validation_photos": 10},
-        "training": asdict(config),
         "extractor": {**asdict(extractor_config), "weights": "none"},
     }
     scores = {"validation": {"photos": 10, "checkpoint": "best", "beam_size": 1, "BLEU-4": 12.3456, "CIDEr": 0.4321}}
+    (folder / "settings.toml").write_text(render(settings), encoding="utf-8")
     for name, content in (("run", record), ("vocabulary", vocabulary.to_json()), ("scores", scores)):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 

@@ -13,17 +13,21 @@ from PIL import Image
 
 from caption_train.cli import main
 from caption_train.files import read_json_lines
+from caption_train.settings import load_settings
 from shapes import shape_photo, write_flickr8k
 
 pytestmark = pytest.mark.tf
 
 PROGRAM = "import sys; from caption_train.cli import main; sys.exit(main())"
 EXTRA = ("h5py", "keras", "matplotlib", "pycocoevalcap", "tensorflow")
-TINY = (
-    *("--extractor-weights", "none", "--width", "0.1", "--size", "75", "--layer", "mixed0"),
-    *("--embedding-dim", "24", "--units", "32", "--dropout", "0", "--max-words", "12"),
-    *("--batch-size", "8", "--epochs", "20", "--learning-rate", "0.02", "--checkpoint-steps", "2"),
+SETTINGS = (
+    *("extractor.weights=none", "extractor.width=0.1", "extractor.size=75", "extractor.layer=mixed0"),
+    *("model.embedding_dim=24", "model.units=32", "model.dropout=0", "captions.min_count=1", "captions.max_words=12"),
+    *("training.batch_size=8", "training.epochs=6", "training.learning_rate=0.02", "training.checkpoint_steps=2"),
+    *("training.grouping=random", "training.label_smoothing=0", "training.attention_penalty=0", "training.patience=0"),
+    "evaluation.beam_size=1",
 )
+TINY = tuple(f"--set={setting}" for setting in SETTINGS)
 
 
 def command(*arguments: object, without: tuple[str, ...] = ()) -> list[str]:
@@ -82,15 +86,15 @@ def test_ctrl_c_says_how_to_go_on(interrupted: tuple[Path, str, int]) -> None:
     assert code == 130
     assert said.splitlines()[-1] == "caption-train: error: interrupted; give the same command again to go on"
     assert "Traceback" not in said
-    assert 0 < len(read_json_lines(folder / "history.jsonl")) < 20
+    assert 0 < len(read_json_lines(folder / "history.jsonl")) < 6
 
 
 def test_the_same_command_goes_on(trained: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, result = trained
     assert result.returncode == 0
-    assert re.search(r"^going on after step \d+ of 100$", result.stderr, re.MULTILINE)
-    assert result.stderr.splitlines()[-1].startswith("epoch 20 of 20: loss 0.")
-    assert [row["epoch"] for row in read_json_lines(folder / "history.jsonl")] == list(range(1, 21))
+    assert re.search(r"^going on after step \d+ of 30$", result.stderr, re.MULTILINE)
+    assert result.stderr.splitlines()[-1].startswith("epoch 6 of 6: loss ")
+    assert [row["epoch"] for row in read_json_lines(folder / "history.jsonl")] == list(range(1, 7))
     names = [line.split()[0] for line in result.stdout.splitlines()]
     assert names == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "photos"]
     assert result.stdout.splitlines()[-1].split() == ["photos", "3"]
@@ -160,16 +164,25 @@ def test_scores_of_other_data_are_not_the_runs(
     ("arguments", "code", "sentence"),
     [
         (
-            ["train", "{data}", "{run}", *TINY, "--epochs", "9"],
+            ["train", "{data}", "{run}", *TINY, "--set=training.epochs=9"],
             7,
-            "another training: epochs was 20 and is now 9; give the",
+            "training.epochs was 6 and is now 9; give the",
         ),
-        (["train", "{data}", "{run}", *TINY, "--width", "0.2"], 7, "another extractor: width was 0.1 and is now 0.2"),
+        (["train", "{data}", "{run}", "--set", "extractor.width=0.2"], 7, "extractor.width was 0.1 and is now 0.2"),
+        (["train", "{data}", "{run}", "--config", "paper"], 7, "model.embedding_dim was 24 and is now 512"),
         (["train", "{data}", "{run}", *TINY, "--data-seed", "3"], 7, "another dataset: seed was 0 and is now 3"),
-        (["train", "{data}", "{tmp}/new", "--dropout", "1.5"], 2, "dropout must lie in [0, 1), not 1.5"),
-        (["train", "{data}", "{tmp}/new", "--size", "20"], 2, "extractor size 20 is too small"),
-        (["train", "{data}", "{tmp}/new", "--layer", "mixed99"], 2, "'mixed99' does not exist: choose one of mixed0,"),
-        (["train", "{data}", "{tmp}/new", "--extractor-weights", "gone.h5"], 7, "gone.h5 do not exist: give a file,"),
+        (["train", "{data}", "{tmp}/new", "--set", "model.dropout=1.5"], 2, "dropout must lie in [0, 1), not 1.5"),
+        (["train", "{data}", "{tmp}/new", "--set", "extractor.size=20"], 2, "extractor size 20 is too small"),
+        (
+            ["train", "{data}", "{tmp}/new", "--set", "extractor.layer=mixed99"],
+            2,
+            "'mixed99' does not exist: choose one of mixed0,",
+        ),
+        (
+            ["train", "{data}", "{tmp}/new", "--set", "extractor.weights=gone.h5"],
+            7,
+            "gone.h5 do not exist: give a file,",
+        ),
         (["train", "{data}", "{data}/Flickr8k.token.txt/x", *TINY], 1, "Flickr8k.token.txt/x: Not a directory"),
         (["evaluate", "{data}", "{run}", "--split", "test"], 2, "the data set flickr8k has no test split"),
         (["evaluate", "{data}", "{tmp}"], 7, "is no run folder: it has no run.json"),
@@ -217,7 +230,16 @@ def test_wrong_calls_are_one_sentence(
         (["train", "{tmp}/empty.json", "{tmp}/run", "--images", "{tmp}"], 6, "it has no list 'images'"),
         (["train", "{tmp}/set", "{tmp}/run"], 6, "2 of the 4 photos of"),
         (["train", "{tmp}/set", "{tmp}/run", "--limit", "1"], 2, "1 is not in the range x>=2"),
-        (["train", "{tmp}/set", "{tmp}/run", "--epochs", "many"], 2, "'many' is not a valid integer range"),
+        (["train", "{tmp}/set", "{tmp}/run", "--set", "training.epochs=many"], 2, "must be a whole number, not 'many'"),
+        (["train", "{tmp}/set", "{tmp}/run", "--set", "epochs=3"], 2, "'epochs'; did you mean training.epochs?"),
+        (
+            ["train", "{tmp}/set", "{tmp}/run", "--config", "papr"],
+            2,
+            "there is no configuration papr: give a TOML file",
+        ),
+        (["train", "{tmp}/set", "{tmp}/run", "--config", "{tmp}/empty.json"], 2, "empty.json is not TOML: "),
+        (["train", "{tmp}/set", "{tmp}/run", "--start-from", "{tmp}/run"], 6, "2 of the 4 photos of"),
+        (["settings", "papers"], 2, "'papers' is not one of 'default', 'tutorial', 'paper'"),
         (["train", "{tmp}/set", "{tmp}/empty.json"], 2, "is a file"),
         (["distill", "{tmp}/gone", "--out", "{tmp}/run"], 6, "gone: there is no such folder of photos"),
     ],
@@ -248,7 +270,7 @@ def test_without_the_extra(data: Path, tmp_path: Path, missing: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [None, "train", "evaluate", "distill"])
+@pytest.mark.parametrize("name", [None, "train", "settings", "evaluate", "distill"])
 def test_help_needs_no_tensorflow(name: str | None) -> None:
     result = run(*([name] if name else []), "--help", without=(*EXTRA, "numpy.random"))
     assert (result.returncode, result.stderr) == (0, "")
@@ -259,6 +281,13 @@ def test_help_needs_no_tensorflow(name: str | None) -> None:
     text = re.sub(r"\n {10,}", "  ", result.stdout)
     for line in re.findall(r"^  (-\S.*)$", text, re.MULTILINE):
         assert re.search(r"\S {2,}[A-Z'A]", line), line
+
+
+def test_settings_are_printed_as_a_file_that_train_takes(tmp_path: Path) -> None:
+    result = run("settings", "tutorial", without=EXTRA)
+    assert (result.returncode, result.stderr) == (0, "")
+    (tmp_path / "mine.toml").write_text(result.stdout)
+    assert load_settings(str(tmp_path / "mine.toml")) == load_settings("tutorial")
 
 
 def test_version() -> None:
@@ -285,7 +314,7 @@ def test_some_photos_missing(data: Path, tmp_path: Path, caplog: pytest.LogCaptu
 def test_coco(shared: Path, tmp_path: Path) -> None:
     """The real annotation file, of whose 5,000 photos 20 are there."""
     captions, images = shared / "coco" / "captions_val2017.json", shared / "photos" / "images"
-    arguments = ("train", captions, tmp_path / "run", "--images", images, *TINY, "--epochs", "1")
+    arguments = ("train", captions, tmp_path / "run", "--images", images, *TINY, "--set=training.epochs=1")
     refused = run(*arguments)
     assert refused.returncode == 6
     assert "raise max_missing_share from 0 to 0.996" in refused.stderr
@@ -304,7 +333,7 @@ def test_coco(shared: Path, tmp_path: Path) -> None:
 
 def test_a_distilled_extractor_trains_a_captioner(data: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
-    arguments = ["train", data, teacher, *TINY, "--width", "1.0", "--until", "features"]
+    arguments = ["train", data, teacher, *TINY, "--set=extractor.width=1.0", "--until", "features"]
     assert main([*map(str, arguments)]) == 0
     student = tmp_path / "student"
     (tmp_path / "unseen.txt").write_text("0.jpg\n")
@@ -315,7 +344,7 @@ def test_a_distilled_extractor_trains_a_captioner(data: Path, tmp_path: Path) ->
     )
     assert (distill.returncode, distill.stdout) == (0, f"{student}\n"), distill.stderr
     assert json.loads((student / "distillation.json").read_text())["distillation"]["photos"] == 10
-    arguments = ["train", data, tmp_path / "run", "--extractor-weights", student, "--until", "features"]
+    arguments = ["train", data, tmp_path / "run", "--set", f"extractor.weights={student}", "--until", "features"]
     assert main([*map(str, arguments)]) == 0
     extractor = json.loads((tmp_path / "run" / "run.json").read_text())["extractor"]
     assert (extractor["width"], extractor["size"], extractor["layer"]) == (0.1, 75, "mixed0")

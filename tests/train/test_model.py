@@ -152,7 +152,9 @@ def test_every_weight_gets_a_gradient() -> None:
         variable.path: float(tf.reduce_max(tf.abs(tf.convert_to_tensor(gradient))))
         for variable, gradient in zip(
             model.trainable_variables,
-            tape.gradient(loss, [v.value for v in model.trainable_variables], unconnected_gradients=tf.UnconnectedGradients.ZERO),
+            tape.gradient(
+                loss, [v.value for v in model.trainable_variables], unconnected_gradients=tf.UnconnectedGradients.ZERO
+            ),
             strict=True,
         )
     }

@@ -1,6 +1,5 @@
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,32 +14,20 @@ from caption_train.datasets import CaptionedImage, Dataset, load_dataset
 from caption_train.errors import DatasetError, TrainingError
 from caption_train.files import read_json_lines
 from caption_train.inception import ExtractorConfig, build_extractor, load_extractor, save_extractor, weights_key
-from caption_train.runs import (
-    data_choices,
-    evaluate,
-    open_cache,
-    open_run,
-    prepare,
-    record_scores,
-    start_run,
-    trainer_of,
-)
-from caption_train.training import TrainConfig
+from caption_train.runs import data_choices, evaluate, open_cache, open_run, record_scores, run_settings
+from caption_train.settings import load_settings
+from caption_train.stages import prepare, start_run, trainer_of
 from shapes import shape_photo, write_flickr8k
 
 pytestmark = pytest.mark.tf
 
-CONFIG = TrainConfig(
-    embedding_dim=24,
-    units=32,
-    dropout=0.0,
-    vocabulary=30,
-    max_words=12,
-    batch_size=8,
-    epochs=24,
-    learning_rate=0.02,
+CHANGES = (
+    *("extractor.weights=none", "extractor.width=0.1", "extractor.size=75", "extractor.layer=mixed0"),
+    *("model.embedding_dim=24", "model.units=32", "model.dropout=0", "captions.max_words=12", "captions.min_count=1"),
+    *("captions.vocabulary_size=30", "training.batch_size=8", "training.epochs=24", "training.learning_rate=0.02"),
+    *("training.label_smoothing=0", "training.attention_penalty=0", "training.patience=0", "training.grouping=random"),
 )
-TINY = {"width": 0.1, "size": 75, "layer": "mixed0"}
+MAX_WORDS = 12
 CHOICES = {"limit": None, "seed": 0, "validation_share": 0.2}
 
 
@@ -59,13 +46,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(dataset: Dataset, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was trained until it knew its eight captions by heart."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    start_run(folder, dataset, CONFIG, "none", extractor_options=TINY, choices=CHOICES)
+    begin(folder, dataset)
     trainer_of(folder, dataset, cache).run()
     return folder
 
 
-def begin(folder: Path, dataset: Dataset, config: TrainConfig = CONFIG, weights: str = "none", **changes: Any) -> None:
-    start_run(folder, dataset, config, weights, extractor_options=TINY | changes, choices=CHOICES)
+def begin(folder: Path, dataset: Dataset, *changes: str, **options: Any) -> None:
+    start_run(folder, dataset, **{"choices": CHOICES, "changes": (*CHANGES, *changes), **options})
 
 
 def test_a_run_learns_its_captions_and_gives_them_back(run: Path, dataset: Dataset, cache: Path) -> None:
@@ -73,7 +60,7 @@ def test_a_run_learns_its_captions_and_gives_them_back(run: Path, dataset: Datas
     assert rows[0]["loss"] > 1.5
     assert rows[-1]["loss"] < 0.1
     counts: list[int] = []
-    options = DecodeOptions(max_words=CONFIG.max_words)
+    options = DecodeOptions(max_words=MAX_WORDS)
     found = evaluate(open_run(run, "last"), dataset.train, cache, options, batch_size=3, on_photos=counts.append)
     assert counts == [3, 3, 2]
     assert found.images == dataset.train
@@ -90,8 +77,8 @@ def test_a_run_learns_its_captions_and_gives_them_back(run: Path, dataset: Datas
 def test_what_a_run_folder_holds(run: Path, dataset: Dataset) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
-        *("run.json", "extractor.json", "extractor.weights.h5", "vocabulary.json"),
-        *("last", "best", "history.jsonl", "loss.png"),
+        *("run.json", "settings.toml", "extractor.json", "extractor.weights.h5", "vocabulary.json"),
+        *("last", "best", "history.jsonl", "steps.jsonl", "tensorboard", "loss.png", "sheets"),
     } | (names & {"scores.json"})
     record = json.loads((run / "run.json").read_text())
     assert record["dataset"] == {
@@ -101,7 +88,8 @@ def test_what_a_run_folder_holds(run: Path, dataset: Dataset) -> None:
         "validation_photos": 3,
         **CHOICES,
     }
-    assert record["training"] == asdict(CONFIG)
+    assert set(record) == {"dataset", "extractor"}
+    assert run_settings(run) == load_settings(changes=CHANGES)
     extractor, config = load_extractor(run)
     assert record["extractor"] == {**asdict(config), "weights": "none", "sha256": weights_key(extractor)}
     assert data_choices(run) == CHOICES
@@ -111,11 +99,17 @@ def test_open_run(run: Path) -> None:
     last, best = open_run(run, "last"), open_run(run)
     rows = read_json_lines(run / "history.jsonl")
     assert last.facts["checkpoint"] == {"which": "last", "step": 5 * 24}
-    assert best.facts["checkpoint"] == {"which": "best", "step": min(rows, key=lambda row: row["val_loss"])["step"]}
-    assert best.facts["training"]["units"] == 32
+    assert best.facts["checkpoint"] == {"which": "best", "step": best_of(rows)["step"]}
+    assert best.facts["model"]["units"] == 32
+    assert best.facts["training"]["epochs"] == 24
+    assert best.facts["extractor"]["weights"] == "none"
     assert best.max_words == 12
-    assert best.extractor_config == ExtractorConfig(**TINY)
+    assert best.extractor_config == ExtractorConfig(0.1, 75, "mixed0")
     assert best.vocabulary.words[:6] == ("<pad>", "<unk>", "<start>", "<end>", "a", "circle")
+
+
+def best_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(rows, key=lambda row: (row["CIDEr"], -row["val_loss"]))
 
 
 def test_a_beam_finds_what_is_at_least_as_likely(run: Path, dataset: Dataset, cache: Path) -> None:
@@ -164,36 +158,38 @@ def test_photos_that_cannot_be_read_are_left_out(run: Path, dataset: Dataset, ca
 
 
 def test_going_on_changes_nothing_in_the_folder(run: Path, dataset: Dataset) -> None:
-    before = {name: (run / name).read_bytes() for name in ("run.json", "extractor.json", "extractor.weights.h5")}
+    names = ("run.json", "settings.toml", "extractor.json", "extractor.weights.h5")
+    before = {name: (run / name).read_bytes() for name in names}
     begin(run, dataset)
-    start_run(run, dataset, CONFIG, "none", extractor_options={}, choices=CHOICES)  # not asked for again: as it was
+    start_run(run, dataset, choices=CHOICES)  # not asked for again: as it was
     assert {name: (run / name).read_bytes() for name in before} == before
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "options", "sentence"),
     [
+        ("training.epochs=25", {}, "other settings: training.epochs was 24 and is now 25; give the same ones to go on"),
+        ("extractor.width=0.5", {}, r"extractor.width was 0\.1 and is now 0\.5"),
+        ("extractor.weights=imagenet", {}, "extractor.weights was 'none' and is now 'imagenet'"),
+        ("training.epochs=24", {"config": "tutorial", "changes": ()}, "embedding_dim was 24 and is now 256"),
         (
-            lambda run, data: begin(run, data, replace(CONFIG, epochs=25)),
-            "another training: epochs was 24 and is now 25",
+            "training.epochs=24",
+            {"choices": CHOICES | {"seed": 1}},
+            "another dataset: seed was 0 and is now 1; give the",
         ),
-        (lambda run, data: begin(run, data, width=0.5), r"another extractor: width was 0\.1 and is now 0\.5"),
-        (lambda run, data: begin(run, data, weights="imagenet"), "extractor: weights was 'none' and is now 'imagenet'"),
-        (
-            lambda run, data: begin(run, replace(data, train=data.train[1:])),
-            "another dataset: training_photos was 8 and is now 7",
-        ),
-        (
-            lambda run, data: start_run(run, data, CONFIG, "none", extractor_options={}, choices=CHOICES | {"seed": 1}),
-            "another dataset: seed was 0 and is now 1; give the same options to go on, or another folder to begin anew",
-        ),
+        ("training.epochs=24", {"start_from": Path("other")}, "another start_from: run was None and is now 'other'"),
     ],
 )
-def test_going_on_with_other_options(
-    run: Path, dataset: Dataset, change: Callable[[Path, Dataset], None], sentence: str
+def test_going_on_with_other_settings(
+    run: Path, dataset: Dataset, change: str, options: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(TrainingError, match=sentence):
-        change(run, dataset)
+        begin(run, dataset, change, **options)
+
+
+def test_going_on_with_other_data(run: Path, dataset: Dataset) -> None:
+    with pytest.raises(TrainingError, match="another dataset: training_photos was 8 and is now 7"):
+        begin(run, replace(dataset, train=dataset.train[1:]))
 
 
 def test_a_kill_before_run_json_and_a_folder_that_lost_it(run: Path, dataset: Dataset, tmp_path: Path) -> None:
@@ -214,7 +210,8 @@ def test_a_folder_of_weights_brings_its_own_extractor(dataset: Dataset, tmp_path
     save_extractor(extractor, config, tmp_path / "student")
     (tmp_path / "student" / "distillation.json").write_text('{"distillation": {"photos": 7}}')
     student = str(tmp_path / "student") + "/"
-    start_run(tmp_path / "run", dataset, CONFIG, student, extractor_options={"size": 80}, choices=CHOICES)
+    changes = (f"extractor.weights={student}", "extractor.size=80")  # the others are as they are there
+    start_run(tmp_path / "run", dataset, choices=CHOICES, changes=changes)
     assert weights_key(load_extractor(tmp_path / "run")[0]) == weights_key(extractor)
     record = json.loads((tmp_path / "run" / "run.json").read_text())["extractor"]
     assert record == {
@@ -226,10 +223,11 @@ def test_a_folder_of_weights_brings_its_own_extractor(dataset: Dataset, tmp_path
         "distillation": {"photos": 7},
     }
     with pytest.raises(OptionsError, match=r"the extractor in .*student has size 80, not 75"):
-        start_run(tmp_path / "other", dataset, CONFIG, student, extractor_options={"size": 75}, choices=CHOICES)
+        start_run(tmp_path / "other", dataset, choices=CHOICES, changes=(changes[0], "extractor.size=75"))
     assert not (tmp_path / "other").exists()
     shutil.rmtree(tmp_path / "student")  # the run has its own copy
-    start_run(tmp_path / "run", dataset, CONFIG, student, extractor_options={}, choices=CHOICES)
+    start_run(tmp_path / "run", dataset, choices=CHOICES, changes=changes, config="default")
+    assert run_settings(tmp_path / "run").extractor.layer == "mixed0"
 
 
 def test_a_folder_called_none_is_not_meant(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,22 +239,24 @@ def test_a_folder_called_none_is_not_meant(dataset: Dataset, tmp_path: Path, mon
 
 def test_prepare(run: Path, dataset: Dataset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The grids are the extractor's, in float16; nothing is computed twice, and the vocabulary is read back."""
-    train, validation, vocabulary = prepare(run, dataset, cache)
+    train, validation, vocabulary, source = prepare(run, dataset, cache)
     assert (len(train), len(validation)) == (40, 15)
     extractor, _ = load_extractor(run)
     photo = read_photo(dataset.train[5].path, 75)
     grid = extractor(photo[np.newaxis].astype(np.float32), training=False).numpy().reshape(49, -1)
-    np.testing.assert_allclose(train.cache.gather(train.rows[25:26])[0], grid, rtol=2e-3, atol=1e-4)
-    assert train.cache.gather(train.rows[:1]).dtype == np.float16
+    loaded = source.load(train.rows[5:6])
+    assert loaded.dtype == np.float16
+    assert loaded[0].shape == source.grid_shape == source.loaded_shape == grid.shape
+    np.testing.assert_allclose(loaded[0], grid, rtol=2e-3, atol=1e-4)
     assert grid.std() > 0.01
-    assert vocabulary.decode(validation.tokens[0].tolist()) == shape_photo(27)[1]
+    assert vocabulary.decode(validation.captions[0]) == shape_photo(27)[1]
 
     def fail(*arguments: object) -> None:
         raise AssertionError("computed again")
 
     monkeypatch.setattr("caption_train.runs.extract_with", lambda model: fail)
-    monkeypatch.setattr("caption_train.runs.Vocabulary.build", fail)
-    assert prepare(run, dataset, cache)[2] == vocabulary
+    monkeypatch.setattr("caption_train.stages.Vocabulary.build", fail)
+    assert prepare(run, dataset, cache).vocabulary == vocabulary
 
 
 def test_caches_of_other_extractors_are_apart(run: Path, cache: Path) -> None:
@@ -290,25 +290,62 @@ def test_folders_that_are_no_run(run: Path, dataset: Dataset, tmp_path: Path) ->
     (folder / "vocabulary.json").write_text('{"words": []}')
     with pytest.raises(BundleError, match="vocabulary"):
         open_run(folder)
-    record = json.loads((folder / "run.json").read_text())
+    settings = (folder / "settings.toml").read_text()
     for content, sentence in (
-        ("[]", r"run\.json cannot be read: it is not a JSON object"),
-        ("{", r"run\.json cannot be read: "),
-        ("{}", r"run\.json was not written by this version: it has no 'training'"),
-        (json.dumps(record | {"training": {"breadth": 1}}), r"run\.json was not written by this version: .*breadth"),
-        (json.dumps(record | {"training": {"epochs": 0}}), r"not written by this version: .*epochs must be at least 1"),
+        ("epochs", r"not written by this version: .*settings\.toml is not TOML: "),
+        (settings.replace("epochs = ", "epoch = "), r"'training\.epoch'; did you mean training\.epochs\?"),
+        (settings.replace("epochs = ", "# "), r"settings\.toml has no training\.epochs"),
+        (settings.replace("epochs = 24", "epochs = 0"), r"training\.epochs must be at least 1, not 0"),
     ):
+        (folder / "settings.toml").write_text(content)
+        with pytest.raises(TrainingError, match=sentence):
+            open_run(folder)
+    (folder / "settings.toml").write_text(settings)
+    for content, sentence in (("[]", r"run\.json cannot be read: it is not a JSON object"), ("{", "cannot be read: ")):
         (folder / "run.json").write_text(content)
         with pytest.raises(TrainingError, match=sentence):
             open_run(folder)
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(TrainingError, match=r"run\.json was not written by this version: it has no 'dataset'"):
+        data_choices(folder)
 
 
 def test_a_checkpoint_of_other_sizes(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(run, folder)
-    record = json.loads((folder / "run.json").read_text())
-    record["training"]["units"] = 33
-    (folder / "run.json").write_text(json.dumps(record))
+    settings = (folder / "settings.toml").read_text()
+    (folder / "settings.toml").write_text(settings.replace("units = 32", "units = 33"))
     with pytest.raises(TrainingError, match=r"the checkpoint .* is of another model: ") as caught:
         open_run(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_starts_from_another_one(run: Path, dataset: Dataset, cache: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(run, first)
+    folder = tmp_path / "second"
+    changes = ("training.epochs=2", "training.learning_rate=0.001", "model.dropout=0.1")
+    start_run(folder, dataset, choices=CHOICES, changes=changes, start_from=first)
+    expected, before = load_settings(changes=[*CHANGES, *changes]), open_run(first)
+    assert run_settings(folder) == expected
+    record = json.loads((folder / "run.json").read_text())
+    step = before.facts["checkpoint"]["step"]
+    assert record["start_from"] == {"run": "first", "step": step}
+    assert record["extractor"] == before.facts["extractor"]
+    shutil.rmtree(first)  # the run has its own copy
+    trainer = trainer_of(folder, dataset, cache)
+    assert int(trainer.step) == 0
+    for mine, theirs in zip(trainer.model.get_weights(), before.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    (row, _) = trainer.run()
+    assert row["loss"] < 0.6  # it knows already what it has learnt
+    assert open_run(folder).vocabulary == before.vocabulary
+    again = tmp_path / "third"
+    start_run(again, dataset, choices=CHOICES, config="paper", start_from=folder)
+    assert run_settings(again).training == load_settings("paper").training
+    assert run_settings(again).model == replace(expected.model, dropout=0.5)
+    assert json.loads((again / "run.json").read_text())["start_from"]["start_from"] == {"run": "first", "step": step}
+    with pytest.raises(
+        OptionsError, match=r"model\.units is 32 in .*second, so it is in a run that starts from there: not"
+    ):
+        start_run(tmp_path / "no", dataset, choices=CHOICES, changes=("model.units=9",), start_from=folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,9 @@ from caption_rt.vocabulary import Vocabulary
 from caption_train.cache import ABSENT
 from caption_train.datasets import CaptionedImage
 from caption_train.errors import DatasetError
+from caption_train.settings import Grouping
+from caption_train.sources import FeatureSource
 
-Grouping = Literal["photos", "lengths", "random"]
 _POOL = 64  # batches whose captions are sorted by length together
 
 
@@ -146,3 +147,35 @@ def batches_of_epoch(
         chosen = chosen[np.argsort(data.lengths[chosen], kind="stable")]
         batches += [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def load_batch(
+    data: CaptionData, chosen: NDArray[np.int64], source: FeatureSource, pad_id: int
+) -> tuple[Batch, NDArray[np.int64]]:
+    """Captions as a batch, every photo of theirs once.
+
+    Args:
+        data: Photos and captions.
+        chosen: Indices of the captions, int64 [m].
+        source: Where the photos' grids come from.
+        pad_id: Fills short captions.
+
+    Returns:
+        The batch, and the indices of its photos, int64 [n].
+    """
+    photos, photo_of = np.unique(data.photo_of[chosen], return_inverse=True)
+    captions = [data.captions[index] for index in chosen]
+    return make_batch(source.load(data.rows[photos]), photo_of, captions, pad_id), photos
+
+
+def tutorial_loss(cross_entropy: float, data: CaptionData) -> float:
+    """The number that the tutorial prints: padding counts in the mean, though not in the sum.
+
+    The tutorial sums over the words of a batch the batch's mean cross-entropy, zero at padding, and divides by the
+    length to which all captions are padded; so its loss falls when one long caption joins the set.
+
+    Args:
+        cross_entropy: Sum over all captions of `data`, in nats.
+        data: The captions.
+    """
+    return cross_entropy / (len(data) * int(data.lengths.max()))

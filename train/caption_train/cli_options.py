@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,17 @@ def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Callable[[in
 
 
 @contextlib.contextmanager
-def training_bar(total: int, done: int) -> Iterator[Callable[[int, float], None]]:
-    """A progress bar over training steps, with the loss."""
+def training_bar(total: int, done: int, captions: int = 0) -> Iterator[Callable[[int, float], None]]:
+    """A progress bar over training steps, with the loss and, of steps with so many captions, the rate."""
+    last, seconds = time.monotonic(), 0.0
     with progress_bar("training", total, done) as advance:
-        yield lambda step, loss: advance(1, f"training, loss {loss:.3f}")
+
+        def on_step(step: int, loss: float) -> None:
+            nonlocal last, seconds
+            now = time.monotonic()
+            took, last = now - last, now
+            seconds = 0.9 * seconds + 0.1 * took if seconds else took
+            rate = f", {captions / seconds:.0f} captions/s" if captions else ""
+            advance(1, f"training, loss {loss:.3f}{rate}")
+
+        yield on_step

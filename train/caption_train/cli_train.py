@@ -1,17 +1,19 @@
-"""The command `caption-train train`."""
+"""The commands `caption-train train` and `caption-train settings`."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from caption_rt.console import echo
 from caption_train.cli_evaluate import evaluate_split, print_scores
-from caption_train.cli_options import COUNT, data_options, training_bar
+from caption_train.cli_options import FOLDER, data_options, training_bar
 from caption_train.console import quiet_stderr
 from caption_train.datasets import load_dataset
+from caption_train.settings import CONFIGS, asked_for, shipped
 
 
 @click.command()
@@ -23,43 +25,29 @@ from caption_train.datasets import load_dataset
     default=0.2,
     help="Share of the photos to validate on, where the set has no split of its own.",
 )
-@click.option("--data-seed", type=int, default=0, help="Decides which photos --limit and --validation-share take.")
 @click.option(
-    "--extractor-weights",
-    metavar="imagenet|none|FILE|FOLDER",
-    default="imagenet",
-    help="What the extractor starts with, and keeps: 'imagenet' (Keras downloads them), 'none' (random: to try things "
-    "out), a weights file, or a folder that 'distill' wrote.",
+    "--validation-limit", type=click.IntRange(1), help="Validate on so many photos at most (MS-COCO has 40,504)."
 )
-@click.option("--width", type=float, help="Width multiplier of InceptionV3.  [default: 1.0, or as FOLDER has it]")
+@click.option("--data-seed", type=int, default=0, help="Decides which photos the limits and --validation-share take.")
 @click.option(
-    "--size", type=int, help="Pixels to a side of the photo as it is seen.  [default: 299, or as FOLDER has it]"
+    "--config",
+    metavar="NAME|FILE",
+    help="Settings: default, tutorial, paper, or a TOML file with those that differ from the default.  [default: those "
+    "of RUN or of RUN0, else default]",
 )
 @click.option(
-    "--layer", help="Block whose output is the grid, mixed0 to mixed10.  [default: mixed10, or as FOLDER has it]"
-)
-@click.option("--vocabulary", type=COUNT, default=5000, help="Most frequent words kept, beside the special ones.")
-@click.option("--max-words", type=COUNT, default=40, help="Longer captions are cut, in training and afterwards.")
-@click.option("--embedding-dim", type=COUNT, default=256, help="Size of a word's embedding and of a place's features.")
-@click.option("--units", type=COUNT, default=512, help="Units of GRU, attention and first output layer.")
-@click.option(
-    "--recurrence",
-    type=click.Choice(["carry", "reset"]),
-    default="carry",
-    help="Whether the GRU's state goes on from word to word; 'reset' is what the tutorial's code does.",
-)
-@click.option("--epochs", type=COUNT, default=20, help="Passes over all captions.")
-@click.option("--batch-size", type=COUNT, default=64, help="Captions a step.")
-@click.option(
-    "--learning-rate", type=float, default=1e-3, help="Adam's; the highest one where it falls along a cosine."
+    "--set",
+    "changes",
+    metavar="SECTION.KEY=VALUE",
+    multiple=True,
+    help="Change a setting, such as training.epochs=3; may be given several times. 'caption-train settings' has them.",
 )
 @click.option(
-    "--schedule", type=click.Choice(["cosine", "constant"]), default="cosine", help="'constant' is the tutorial's."
+    "--start-from",
+    type=FOLDER,
+    metavar="RUN0",
+    help="Begin with the best weights of another run, with its vocabulary and its extractor.",
 )
-@click.option("--dropout", type=float, default=0.3, help="On word embeddings and GRU outputs; the tutorial has 0.")
-@click.option("--clip-norm", type=float, default=5.0, help="Gradients are scaled down to this norm.")
-@click.option("--checkpoint-steps", type=COUNT, default=500, help="Steps between checkpoints; epochs end with one too.")
-@click.option("--seed", type=int, default=0, help="Of weights, order and dropout.")
 @click.option(
     "--until",
     type=click.Choice(["features", "training", "scores"]),
@@ -72,33 +60,52 @@ def train(
     images: Path | None,
     max_missing_share: float,
     cache: Path | None,
-    extractor_weights: str,
+    limit: int | None,
+    validation_share: float,
+    validation_limit: int | None,
+    data_seed: int,
+    config: str | None,
+    changes: tuple[str, ...],
+    start_from: Path | None,
     until: str,
-    **options: Any,
 ) -> None:
     """Train on the captions of DATA, in the folder RUN; after a stop, the same command goes on.
 
-    DATA is Flickr8k's folder (Flickr8k.token.txt and, if there, the lists of its split) or a COCO caption JSON, whose
-    photos --images names. RUN is made if it is not there.
+    RUN is made if it is not there. Its settings, one TOML file, are written into it: to go on, --config, --set and
+    --start-from need not be given again.
 
     The stages are grid features, vocabulary, training, and scores on the validation photos. The scores are printed;
-    RUN keeps checkpoints, history.jsonl and loss.png.
+    RUN keeps checkpoints, logs, and pictures of how training goes.
     """
-    choices = {"limit": options["limit"], "seed": options["data_seed"], "validation_share": options["validation_share"]}
+    asked_for(config, changes)  # what is wrong here is said before the data are read
+    choices: dict[str, Any] = {
+        "limit": limit,
+        "seed": data_seed,
+        "validation_share": validation_share,
+        "validation_limit": validation_limit,
+    }
     dataset = load_dataset(data, images=images, max_missing_share=max_missing_share, **choices)
     with quiet_stderr():
-        from caption_train.runs import prepare, start_run, trainer_of
-        from caption_train.training import TrainConfig
+        from caption_train.stages import prepare, start_run, trainer_of
 
-    config = TrainConfig(**{field.name: options[field.name] for field in fields(TrainConfig)})
-    asked = {name: options[name] for name in ("width", "size", "layer") if options[name] is not None}
-    start_run(run, dataset, config, extractor_weights, extractor_options=asked, choices=choices)
+    settings = start_run(run, dataset, choices=choices, config=config, changes=changes, start_from=start_from)
     cache = cache or run / "grids"
     if until == "features":
         prepare(run, dataset, cache)
         return
     trainer = trainer_of(run, dataset, cache)
-    with training_bar(trainer.total_steps, int(trainer.step)) as on_step:
+    with training_bar(trainer.total_steps, int(trainer.step), settings.training.batch_size) as on_step:
         trainer.run(on_step)
     if until == "scores":
-        print_scores(evaluate_split(run, dataset, "validation", cache, "best", {}))
+        options = asdict(settings.evaluation.decoding(settings.captions.max_words))
+        print_scores(evaluate_split(run, dataset, "validation", cache, "best", options))
+
+
+@click.command("settings")
+@click.argument("name", type=click.Choice(CONFIGS), default="default")
+def show_settings(name: str) -> None:
+    """Print the settings NAME: default, tutorial or paper; what each is and where its value comes from.
+
+    The output is a TOML file that 'caption-train train' takes as --config.
+    """
+    echo(shipped(name).rstrip("\n"))

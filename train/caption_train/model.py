@@ -9,7 +9,7 @@ words, P places, C channels, E features, A attention units, U GRU units, V words
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import keras
 import numpy as np
@@ -19,9 +19,7 @@ from numpy.typing import NDArray
 from caption_rt.errors import OptionsError
 from caption_rt.search import Step
 from caption_train.recurrence import Weights, plan, unroll
-
-Recurrence = Literal["carry", "reset"]
-InitialState = Literal["mean", "zeros"]
+from caption_train.settings import InitialState, Recurrence, Settings
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,21 @@ class ModelConfig:
             raise OptionsError(f"model: initial_state must be 'mean' or 'zeros', not {self.initial_state!r}")
         if not 0 <= self.dropout < 1:
             raise OptionsError(f"model: dropout must lie in [0, 1), not {self.dropout}")
+
+
+def model_config(settings: Settings, places: int, channels: int, vocabulary_size: int) -> ModelConfig:
+    """The model of a run, given the grid and the vocabulary."""
+    chosen = settings.model
+    return ModelConfig(
+        places,
+        channels,
+        vocabulary_size,
+        chosen.embedding_dim,
+        chosen.units,
+        chosen.recurrence,
+        chosen.dropout,
+        chosen.initial_state,
+    )
 
 
 class Taught(NamedTuple):
@@ -313,7 +326,9 @@ class TensorFlowStepper:
         config = model.config
         place = (None, config.places)
         self._encode = tf.function(
-            model.encode, input_signature=[tf.TensorSpec((*place, config.channels), tf.float32, "grid")]
+            model.encode,
+            input_signature=[tf.TensorSpec((*place, config.channels), tf.float32, "grid")],
+            autograph=False,
         )
         self._step = tf.function(
             model.decoder.step,
@@ -323,6 +338,7 @@ class TensorFlowStepper:
                 tf.TensorSpec((*place, config.embedding_dim), tf.float32, "features"),
                 tf.TensorSpec((*place, config.units), tf.float32, "keys"),
             ],
+            autograph=False,
         )
 
     def on(self, grid: NDArray[np.float32]) -> BoundStepper:

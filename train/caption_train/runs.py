@@ -1,12 +1,14 @@
-"""A run folder: everything of one training, from the extractor to the scores, and its stages in order.
+"""A run folder: everything of one training, from the extractor to the scores.
 
-- ``run.json``: data set, extractor and options, as they were when the run began;
+- ``settings.toml``: every setting; ``run.json``: data set and extractor as they were when the run began;
 - ``extractor.json``, ``extractor.weights.h5``: the extractor;
 - ``vocabulary.json``;
-- ``last/`` (five checkpoints), ``best/`` (the best by validation loss);
-- ``history.jsonl``, ``loss.png``; ``scores.json``.
+- ``last/`` (five checkpoints), ``best/`` (the best by the CIDEr of validation photos), ``start/`` (the weights that a
+  run begins with that starts from another one);
+- ``history.jsonl`` (a record an epoch), ``steps.jsonl`` (a record a step), ``tensorboard/``, ``loss.png``, ``sheets/``;
+- ``scores.json``.
 
-Grids go to a cache folder, which several runs may share. Each stage finds what it did before and goes on there.
+Grids go to a cache folder, which several runs may share. `caption_train.stages` makes a run; here it is read.
 """
 
 from __future__ import annotations
@@ -27,40 +29,24 @@ from numpy.typing import NDArray
 from caption_rt.errors import OptionsError
 from caption_rt.image import read_photo
 from caption_rt.options import DecodeOptions
-from caption_rt.search import decode
 from caption_rt.strategies import Hypothesis
 from caption_rt.vocabulary import Vocabulary
 from caption_train.cache import ABSENT, GridCache
 from caption_train.checkpoints import read_checkpoint
 from caption_train.datasets import CaptionedImage, Dataset
 from caption_train.errors import DatasetError, TrainingError
-from caption_train.files import read_json, refuse_other_options, write_json
-from caption_train.inception import (
-    DISTILLATION,
-    ExtractorConfig,
-    build_extractor,
-    extract_with,
-    load_extractor,
-    load_extractor_weights,
-    save_extractor,
-    weights_key,
-)
-from caption_train.model import CaptionModel, TensorFlowStepper
+from caption_train.files import read_json, write_json
+from caption_train.inception import ExtractorConfig, extract_with, load_extractor, weights_key
+from caption_train.model import CaptionModel, TensorFlowStepper, model_config
 from caption_train.scores import score_captions
-from caption_train.training import (
-    BEST,
-    HISTORY,
-    LAST,
-    CaptionData,
-    TrainConfig,
-    Trainer,
-    caption_data,
-    model_config,
-)
+from caption_train.settings import Settings, read_settings
+from caption_train.training import BEST
+from caption_train.validation import search_captions
 
 logger = logging.getLogger(__name__)
 
-_RUN, _VOCABULARY, _SCORES = "run.json", "vocabulary.json", "scores.json"
+RUN, SETTINGS, VOCABULARY = "run.json", "settings.toml", "vocabulary.json"
+_SCORES = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -77,12 +63,17 @@ class Run:
     """Encoder and decoder with the checkpoint's weights."""
     vocabulary: Vocabulary
     """Words and ids."""
-    max_words: int
-    """The longest caption that the model was trained on, in words."""
+    settings: Settings
+    """How it was trained."""
     facts: Mapping[str, Any]
-    """``run.json``, and which checkpoint this is and of which step: how and on what it was trained."""
+    """How and on what it was trained: ``run.json``, the settings by sections, and which checkpoint this is."""
     scores: Mapping[str, Any]
     """``scores.json``; empty before the first evaluation."""
+
+    @property
+    def max_words(self) -> int:
+        """The longest caption that the model was trained on, in words."""
+        return self.settings.captions.max_words
 
 
 @dataclass(frozen=True)
@@ -99,69 +90,8 @@ class Evaluation:
     """As `caption_train.scores.score_captions` gives them."""
 
 
-def start_run(
-    folder: Path,
-    dataset: Dataset,
-    config: TrainConfig,
-    extractor_weights: str,
-    *,
-    extractor_options: Mapping[str, Any],
-    choices: Mapping[str, Any],
-) -> None:
-    """Make a run folder, or see that the one there was begun with the same data and options.
-
-    Args:
-        folder: The run folder.
-        dataset: The data, of which the counts are written down.
-        config: Options of the training.
-        extractor_weights: ``imagenet``, ``none``, a weights file, or a folder that distillation wrote.
-        extractor_options: What was asked for of `ExtractorConfig`; the rest is as in the folder of weights, else the
-            default.
-        choices: What of the data set was taken: the arguments of `load_dataset` that decide it.
-
-    Raises:
-        OptionsError: The folder of weights holds another extractor than was asked for.
-        TrainingError: The folder holds a run with other options, or what is left of one, or the extractor cannot be
-            had.
-        OSError: The folder cannot be written.
-    """
-    record: dict[str, dict[str, Any]] = {
-        "dataset": {**_counts(dataset), **choices},
-        "training": asdict(config),
-        "extractor": {**extractor_options, "weights": Path(extractor_weights).resolve().name},
-    }
-    if (folder / _RUN).exists():
-        refuse_other_options(folder, read_json(folder / _RUN), record)
-        return
-    left = [name for name in (_VOCABULARY, HISTORY, LAST, BEST) if (folder / name).exists()]
-    if left:
-        raise TrainingError(f"{folder} has {left[0]} but no {_RUN}: what it was made with is not known; take another")
-    extractor, extractor_config, origin = _make_extractor(extractor_weights, extractor_options, config.seed)
-    save_extractor(extractor, extractor_config, folder)
-    record["extractor"] |= {**asdict(extractor_config), "sha256": weights_key(extractor), **origin}
-    write_json(folder / _RUN, record)  # last: a folder with it is a run
-
-
-def _make_extractor(
-    weights: str, options: Mapping[str, Any], seed: int
-) -> tuple[keras.Model, ExtractorConfig, dict[str, Any]]:
-    """The extractor of a new run, and what is known of where it comes from."""
-    source = Path(weights)
-    if weights in ("imagenet", "none") or not source.is_dir():
-        config = ExtractorConfig(**options)
-        keras.utils.set_random_seed(seed)
-        extractor = build_extractor(config)
-        load_extractor_weights(extractor, weights)
-        return extractor, config, {}
-    extractor, config = load_extractor(source)
-    for name, value in options.items():
-        if getattr(config, name) != value:
-            raise OptionsError(f"the extractor in {source} has {name} {getattr(config, name)}, not {value}")
-    origin = read_json(source / DISTILLATION) if (source / DISTILLATION).exists() else {}
-    return extractor, config, origin
-
-
-def _counts(dataset: Dataset) -> dict[str, Any]:
+def counts(dataset: Dataset) -> dict[str, Any]:
+    """What a run notes of its data set."""
     return {
         "name": dataset.name,
         "training_photos": len(dataset.train),
@@ -177,7 +107,8 @@ def data_choices(folder: Path) -> dict[str, Any]:
         TrainingError: The folder holds no run.
     """
     dataset = _part(folder, "dataset")
-    return {name: value for name, value in dataset.items() if name in ("limit", "seed", "validation_share")}
+    names = ("limit", "seed", "validation_share", "validation_limit")
+    return {name: value for name, value in dataset.items() if name in names}
 
 
 def open_cache(folder: Path, extractor: keras.Model, config: ExtractorConfig) -> GridCache:
@@ -195,70 +126,31 @@ def grids_of(
     return cache.fill([image.path for image in images], extract_with(extractor), read=read)
 
 
-def build_vocabulary(folder: Path, dataset: Dataset, max_words: int) -> Vocabulary:
-    """The run's vocabulary, from the training captions; read back if it was written before."""
-    path = folder / _VOCABULARY
-    if path.exists():
-        return Vocabulary.from_json(read_json(path))
-    captions = (caption for image in dataset.train for caption in image.captions)
-    vocabulary = Vocabulary.build(captions, max_words)
-    write_json(path, vocabulary.to_json())
-    return vocabulary
-
-
-def prepare(folder: Path, dataset: Dataset, cache_folder: Path) -> tuple[CaptionData, CaptionData, Vocabulary]:
-    """The stages before training: grids and vocabulary.
-
-    Returns:
-        Training captions, validation captions, vocabulary.
-
-    Raises:
-        DatasetError: No photo can be read.
-        TrainingError: The folder holds no run, or the cache cannot be written.
-    """
-    config = _train_config(folder)
-    extractor, extractor_config = load_extractor(folder)
-    cache = open_cache(cache_folder, extractor, extractor_config)
-    rows = grids_of(cache, extractor, extractor_config, [*dataset.train, *dataset.validation])
-    vocabulary = build_vocabulary(folder, dataset, config.vocabulary)
-    train, validation = np.split(rows, [len(dataset.train)])
-    return (
-        caption_data(cache, dataset.train, train, vocabulary, config.max_words),
-        caption_data(cache, dataset.validation, validation, vocabulary, config.max_words),
-        vocabulary,
-    )
-
-
-def trainer_of(folder: Path, dataset: Dataset, cache_folder: Path) -> Trainer:
-    """Grids, vocabulary, and the trainer at the last checkpoint."""
-    train, validation, vocabulary = prepare(folder, dataset, cache_folder)
-    return Trainer(_train_config(folder), train, validation, vocabulary, folder)
-
-
 def open_run(folder: Path, which: str = BEST) -> Run:
     """Open a trained run.
 
     Args:
         folder: The run folder.
-        which: ``best`` (by validation loss) or ``last``.
+        which: ``best`` (by the CIDEr of validation photos) or ``last``.
 
     Raises:
         TrainingError: The folder holds no run, no checkpoint yet, or one that does not fit.
         BundleError: The vocabulary was tampered with.
     """
-    record, config = read_json(folder / _RUN), _train_config(folder)
+    record, settings = read_json(folder / RUN), run_settings(folder)
     path = tf.train.latest_checkpoint(str(folder / which))
     if path is None:
         raise TrainingError(f"{folder} has no checkpoint in {which}/ yet: train it first")
-    vocabulary = Vocabulary.from_json(read_json(folder / _VOCABULARY))
+    vocabulary = Vocabulary.from_json(read_json(folder / VOCABULARY))
     extractor, extractor_config = load_extractor(folder)
     rows, columns, channels = extractor.output_shape[1:]
-    model = CaptionModel(model_config(config, rows * columns, channels, len(vocabulary)))
+    model = CaptionModel(model_config(settings, rows * columns, channels, len(vocabulary)))
     step = tf.Variable(0, dtype=tf.int64, trainable=False)
     read_checkpoint(path, {"encoder": model.encoder, "decoder": model.decoder, "step": step})
-    facts = {**record, "checkpoint": {"which": which, "step": int(step)}}
+    sections = {name: values for name, values in settings.as_dict().items() if name not in record}
+    facts = {**record, **sections, "checkpoint": {"which": which, "step": int(step)}}
     scores = read_json(folder / _SCORES) if (folder / _SCORES).exists() else {}
-    return Run(folder, extractor, extractor_config, model, vocabulary, config.max_words, facts, scores)
+    return Run(folder, extractor, extractor_config, model, vocabulary, settings, facts, scores)
 
 
 def evaluate(
@@ -289,18 +181,15 @@ def evaluate(
     if not readable:
         raise DatasetError(f"none of the {len(images)} photos can be read")
     stepper, vocabulary = TensorFlowStepper(run.model), run.vocabulary
-    hypotheses: list[Hypothesis] = []
-    for start in range(0, len(readable), batch_size):
-        chosen = readable[start : start + batch_size]
-        found = decode(
-            stepper.on(cache.gather(rows[chosen]).astype(np.float32)),
-            options,
-            start_id=vocabulary.start_id,
-            end_id=vocabulary.end_id,
-            banned=vocabulary.unspoken_ids,
-        )
-        hypotheses += [best[0] for best in found]
-        on_photos(len(chosen))
+    hypotheses = search_captions(
+        stepper,
+        lambda chosen: cache.gather(chosen).astype(np.float32),
+        rows[readable],
+        vocabulary,
+        options,
+        batch_size=batch_size,
+        on_photos=on_photos,
+    )
     kept = tuple(images[i] for i in readable)
     captions = tuple(vocabulary.decode(hypothesis.tokens) for hypothesis in hypotheses)
     names = [str(image.path) for image in kept]
@@ -323,7 +212,7 @@ def record_scores(
         Whether they were written: only those on the run's own data set are, which a model card is to show.
     """
     own = run.facts["dataset"]
-    if any(own.get(name) != value for name, value in _counts(dataset).items()):
+    if any(own.get(name) != value for name, value in counts(dataset).items()):
         return False
     path = run.folder / _SCORES
     scores = read_json(path) if path.exists() else {}
@@ -339,16 +228,23 @@ def record_scores(
     return True
 
 
-def _train_config(folder: Path) -> TrainConfig:
+def run_settings(folder: Path) -> Settings:
+    """The settings of a run.
+
+    Raises:
+        TrainingError: The folder holds no run, or one that was not written by this version.
+    """
+    if not (folder / RUN).exists():
+        raise TrainingError(f"{folder} is no run folder: it has no {RUN}")
     try:
-        return TrainConfig(**_part(folder, "training"))
-    except (TypeError, OptionsError) as exc:
-        raise TrainingError(f"{folder / _RUN} was not written by this version: {exc}") from exc
+        return read_settings(folder / SETTINGS)
+    except OptionsError as exc:
+        raise TrainingError(f"{folder} was not written by this version: {exc}") from exc
 
 
 def _part(folder: Path, name: str) -> dict[str, Any]:
     """A part of ``run.json``."""
-    part = read_json(folder / _RUN).get(name)
+    part = read_json(folder / RUN).get(name)
     if not isinstance(part, dict):
-        raise TrainingError(f"{folder / _RUN} was not written by this version: it has no {name!r}")
+        raise TrainingError(f"{folder / RUN} was not written by this version: it has no {name!r}")
     return part

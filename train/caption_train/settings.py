@@ -227,18 +227,20 @@ def load_settings(config: str = "default", changes: Sequence[str] = ()) -> Setti
     return _parsed(shipped("default"), "default.toml").changed(asked_for(config, changes))
 
 
-def asked_for(config: str, changes: Sequence[str]) -> dict[str, Any]:
-    """What a configuration and changes to it say, by ``section.key``; see `load_settings`.
+def asked_for(config: str | None, changes: Sequence[str]) -> dict[str, Any]:
+    """What a configuration, if there is one, and changes to it say, by ``section.key``; see `load_settings`.
 
     Raises:
         OptionsError: As there.
     """
-    said = _flat(_toml(shipped(config), config), f"{config}.toml") if config in CONFIGS else _read(Path(config))
+    said: dict[str, Any] = {}
+    if config is not None:
+        said = _flat(_toml(shipped(config), config), f"{config}.toml") if config in CONFIGS else _read(Path(config))
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
             raise OptionsError(f"{change!r} is no setting: give section.key=value, such as training.epochs=3")
-        said[key.strip()] = _value(key.strip(), text.strip())
+        said[key.strip()] = _checked(key.strip(), _value(key.strip(), text.strip()))
     return said
 
 

@@ -1,4 +1,4 @@
-"""Trains encoder and decoder on cached grids: batches, loss, checkpoints, and going on exactly where it stopped.
+"""The training loop: steps, epochs, checkpoints, and going on exactly where it stopped.
 
 Everything random follows from the seed and the number of the step, never from how the process got there, so a run that
 was killed and called again takes the steps that an unbroken one would have taken.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,192 +19,108 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from caption_rt.errors import OptionsError
 from caption_rt.vocabulary import Vocabulary
-from caption_train.cache import ABSENT, GridCache
-from caption_train.checkpoints import Checkpoints, tensorflow_errors
-from caption_train.datasets import CaptionedImage
-from caption_train.errors import DatasetError, TrainingError
+from caption_train.batches import Batch, CaptionData, batches_of_epoch, load_batch, tutorial_loss
+from caption_train.checkpoints import Checkpoints, read_checkpoint, tensorflow_errors
+from caption_train.errors import TrainingError
 from caption_train.files import append_json_line, read_json_lines, rewrite_json_lines
-from caption_train.model import CaptionModel, ModelConfig, Recurrence
+from caption_train.logs import HISTORY, RunLog
+from caption_train.model import CaptionModel, model_config
+from caption_train.objectives import CrossEntropy, Objective
 from caption_train.plots import plot_losses
-from caption_train.schedules import WarmupCosine
+from caption_train.precision import dtype_of_products
+from caption_train.schedules import learning_rate
+from caption_train.settings import Settings
+from caption_train.sources import FeatureSource
+from caption_train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-LAST, BEST = "last", "best"
-HISTORY = "history.jsonl"
+LAST, BEST, START = "last", "best", "start"
 LOSS_CURVE = "loss.png"
-_SORTED_BATCHES = 64  # batches whose captions are sorted by length together
 _KEPT_CHECKPOINTS = 5
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Options of a training run."""
-
-    embedding_dim: int = 256
-    """Size of word embeddings and of a place's features."""
-    units: int = 512
-    """Units of GRU, attention and first output layer."""
-    recurrence: Recurrence = "carry"
-    """See `caption_train.model.ModelConfig`."""
-    dropout: float = 0.3
-    """See `caption_train.model.ModelConfig`; the tutorial has none."""
-    vocabulary: int = 5000
-    """Words kept beside the special ones."""
-    max_words: int = 40
-    """Captions are cut to so many words in training, and decoding stops there."""
-    batch_size: int = 64
-    """Captions a step."""
-    epochs: int = 20
-    """Passes over all captions."""
-    learning_rate: float = 1e-3
-    """Adam's; the peak where the schedule is a cosine."""
-    schedule: str = "cosine"
-    """``cosine`` (warm-up, then down to zero) or ``constant`` (the tutorial)."""
-    clip_norm: float = 5.0
-    """Gradients are scaled down to this global norm (Pascanu et al. 2013)."""
-    checkpoint_steps: int = 500
-    """Steps between two checkpoints; one is written at the end of every epoch as well."""
-    seed: int = 0
-    """Of the initial weights, the order of the captions and the dropout."""
-
-    def __post_init__(self) -> None:
-        """Check the values, those of the model among them: a run that has begun cannot have others.
-
-        Raises:
-            OptionsError: A number out of its range, an unknown schedule or recurrence.
-        """
-        model_config(self, places=1, channels=1, vocabulary_size=1)
-        for name in ("vocabulary", "max_words", "batch_size", "epochs", "checkpoint_steps"):
-            if getattr(self, name) < 1:
-                raise OptionsError(f"training: {name} must be at least 1, not {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise OptionsError(f"training: {name} must be a positive number, not {getattr(self, name)}")
-        if self.schedule not in ("cosine", "constant"):
-            raise OptionsError(f"training: schedule must be 'cosine' or 'constant', not {self.schedule!r}")
-
-
-@dataclass(frozen=True)
-class CaptionData:
-    """Captions as token ids beside the rows of their photos' grids."""
-
-    cache: GridCache
-    """Where the grids are."""
-    rows: NDArray[np.int64]
-    """Row of each caption's photo in the cache, int64 [N]."""
-    tokens: NDArray[np.int64]
-    """``<start>``, words, ``<end>``, then ``<pad>``: int64 [N, T]."""
-    lengths: NDArray[np.int64]
-    """Tokens of each caption without padding, int64 [N]."""
-
-    def __len__(self) -> int:
-        """Number of captions."""
-        return len(self.rows)
-
-
-def caption_data(
-    cache: GridCache,
-    images: Sequence[CaptionedImage],
-    rows: NDArray[np.int64],
-    vocabulary: Vocabulary,
-    max_words: int,
-) -> CaptionData:
-    """Encode the captions of photos.
-
-    Args:
-        cache: Where the photos' grids are.
-        images: Photos with captions.
-        rows: The photos' rows in the cache, int64 [len(images)]; photos with -1 are left out.
-        vocabulary: Words to ids.
-        max_words: Longer captions are cut.
-
-    Raises:
-        DatasetError: No photo could be read.
-    """
-    pairs = [
-        (row, [vocabulary.start_id, *vocabulary.encode(caption)[:max_words], vocabulary.end_id])
-        for image, row in zip(images, rows, strict=True)
-        if row != ABSENT
-        for caption in image.captions
-    ]
-    if not pairs:
-        raise DatasetError(f"none of the {len(images)} photos has a grid: nothing to train or validate on")
-    lengths = np.array([len(ids) for _, ids in pairs], np.int64)
-    tokens = np.full((len(pairs), lengths.max()), vocabulary.pad_id, np.int64)
-    for index, (_, ids) in enumerate(pairs):
-        tokens[index, : len(ids)] = ids
-    return CaptionData(cache, np.array([row for row, _ in pairs], np.int64), tokens, lengths)
-
-
-def batches_of_epoch(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """The captions of every batch of an epoch: random, but of similar length within a batch.
-
-    Args:
-        lengths: Tokens of each caption, int64 [N].
-        batch_size: Captions a batch; the last one may be smaller.
-        seed: Of the run.
-        epoch: From 0.
-
-    Returns:
-        Indices int64, every caption once.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    pool = batch_size * _SORTED_BATCHES
-    batches = []
-    for start in range(0, len(order), pool):
-        chosen = order[start : start + pool]
-        chosen = chosen[np.argsort(lengths[chosen], kind="stable")]
-        batches += [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+MakeObjective = Callable[[CaptionModel], Objective]
+"""From the model that learns to what it learns."""
 
 
 class Trainer:
     """One training run: model, optimiser, checkpoints."""
 
     def __init__(
-        self, config: TrainConfig, train: CaptionData, validation: CaptionData, vocabulary: Vocabulary, folder: Path
+        self,
+        settings: Settings,
+        train: CaptionData,
+        validation: CaptionData,
+        vocabulary: Vocabulary,
+        source: FeatureSource,
+        folder: Path,
+        *,
+        make_objective: MakeObjective | None = None,
     ) -> None:
-        """Build everything and go back to the last checkpoint, if the folder has one.
+        """Build everything and go back to the last checkpoint, if the folder has one, or to the weights to start from.
+
+        Args:
+            settings: Of the run.
+            train: Captions to learn from.
+            validation: Captions that choose the best checkpoint.
+            vocabulary: Words and ids.
+            source: Where grids come from.
+            folder: Of the run.
+            make_objective: What is learnt; cross-entropy as the settings have it, if not given.
 
         Raises:
-            TrainingError: The checkpoint does not fit the configuration.
+            TrainingError: The checkpoint does not fit the settings.
         """
-        keras.utils.set_random_seed(config.seed)
-        self.config, self.train_data, self.validation, self.folder = config, train, validation, folder
-        places, channels = train.cache.grid_shape
-        self.model = CaptionModel(model_config(config, places, channels, len(vocabulary)))
+        chosen = settings.training
+        keras.utils.set_random_seed(chosen.seed)
+        self.settings, self.train_data, self.source, self.folder = settings, train, source, folder
         self._pad = vocabulary.pad_id
-        self.steps_an_epoch = math.ceil(len(train) / config.batch_size)
-        self.total_steps = self.steps_an_epoch * config.epochs
-        cosine = config.schedule == "cosine"
-        rate = WarmupCosine(config.learning_rate, self.total_steps) if cosine else config.learning_rate
-        self.optimizer = keras.optimizers.Adam(rate, global_clipnorm=config.clip_norm)
-        self.optimizer.build(self.model.trainable_variables)
+        self.steps_an_epoch = math.ceil(len(train) / chosen.batch_size)
+        self.total_steps = self.steps_an_epoch * chosen.epochs
+        config = model_config(settings, *source.grid_shape, len(vocabulary))
+        self.model = CaptionModel(config, dtype_of_products(chosen.precision))
+        self.variables = [*self.model.trainable_variables, *source.variables]
+        self.optimizer = keras.optimizers.Adam(
+            learning_rate(chosen, self.total_steps), global_clipnorm=chosen.clip_norm or None
+        )
+        self.optimizer.build(self.variables)
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self.best = tf.Variable(math.inf, dtype=tf.float64, trainable=False)
-        self._sums = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)  # this epoch's cross-entropy, tokens
+        self.best = tf.Variable([-math.inf, -math.inf], dtype=tf.float64, trainable=False)  # see `_rank`
+        self.stale = tf.Variable(0, dtype=tf.int64, trainable=False)  # epochs since the best one
+        self._sums = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)  # this epoch's cross-entropy, words
+        smoothing, penalty = chosen.label_smoothing, chosen.attention_penalty
+        self.objective: Objective = (
+            make_objective(self.model) if make_objective else CrossEntropy(self._pad, smoothing, penalty)
+        )
+        self.validation = Validation(settings, self.model, source, validation, vocabulary)
+        self._train_step = self._compile()
         parts = {
             "encoder": self.model.encoder,
             "decoder": self.model.decoder,
             "optimizer": self.optimizer,
             "step": self.step,
             "best": self.best,
+            "stale": self.stale,
             "sums": self._sums,
+            **source.parts,
         }
         self._last = Checkpoints(folder / LAST, _KEPT_CHECKPOINTS, parts)
         self._best = Checkpoints(folder / BEST, 1, parts)
-        if self._last.restore():
-            logger.info("going on after step %d of %d", int(self.step), self.total_steps)
+        self._begin()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the last ones were no better."""
+        patience = self.settings.training.patience
+        stale = patience > 0 and int(self.stale) >= patience
+        return int(self.step) >= self.total_steps or (stale and int(self.step) % self.steps_an_epoch == 0)
 
     def run(self, on_step: Callable[[int, float], None] = lambda step, loss: None) -> list[dict[str, Any]]:
         """Train to the end of the last epoch.
 
         Args:
-            on_step: Called after every step with its number and its loss a word.
+            on_step: Called after every step with its number and its cross-entropy a word.
 
         Returns:
             The history: a record an epoch, as in ``history.jsonl``.
@@ -217,116 +133,136 @@ class Trainer:
         rewrite_json_lines(self.folder / HISTORY, history)
         if history:
             plot_losses(history, self.folder / LOSS_CURVE)  # a kill may have come between the last record and its curve
-        started = time.monotonic()
-        while int(self.step) < self.total_steps:
-            epoch, position = divmod(int(self.step), self.steps_an_epoch)
-            order = batches_of_epoch(self.train_data.lengths, self.config.batch_size, self.config.seed, epoch)
-            for batch in order[position:]:
-                self._take_step(batch, on_step)
-            record = self._record(epoch + 1) | {"seconds": round(time.monotonic() - started, 1)}
-            started = time.monotonic()
-            self._sums.assign([0.0, 0.0])
-            history.append(record)
-            if record["val_loss"] < float(self.best):
-                self.best.assign(record["val_loss"])
-                self._best.save(int(self.step))
-            # The record goes first: should the run die in between, the epoch's end is computed and written again.
-            append_json_line(self.folder / HISTORY, record)
-            self._last.save(int(self.step))
-            plot_losses(history, self.folder / LOSS_CURVE)
-            logger.info(
-                "epoch %d of %d: loss %.4f, validation loss %.4f, perplexity %.2f, tutorial's loss %.4f",
-                *(epoch + 1, self.config.epochs, record["loss"], record["val_loss"]),
-                *(record["perplexity"], record["tutorial_loss"]),
-            )
+        with RunLog(self.folder, int(self.step)) as log:
+            while not self.finished:
+                started = time.monotonic()
+                epoch, position = divmod(int(self.step), self.steps_an_epoch)
+                for batch, photos in self._batches(epoch, position):
+                    self._take_step(batch, photos, log, on_step)
+                self._end_epoch(epoch + 1, history, log, time.monotonic() - started)
         return history
 
-    def _take_step(self, batch: NDArray[np.int64], on_step: Callable[[int, float], None]) -> None:
-        grid, tokens = _load(self.train_data, batch)
-        seed = np.array([self.config.seed, int(self.step)], np.int32)
-        with tensorflow_errors(f"step {int(self.step)}"):
-            total, count = (float(x) for x in self._train_step(grid, tokens, seed))
+    def _begin(self) -> None:
+        if self._last.restore():
+            logger.info("going on after step %d of %d", int(self.step), self.total_steps)
+        elif (start := tf.train.latest_checkpoint(str(self.folder / START))) is not None:
+            read_checkpoint(start, {"encoder": self.model.encoder, "decoder": self.model.decoder})
+
+    def _batches(self, epoch: int, position: int) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
+        """The batches of an epoch from one on, with the indices of their photos; the next one is read meanwhile."""
+        chosen = self.settings.training
+        order = batches_of_epoch(self.train_data, chosen.batch_size, chosen.seed, epoch, chosen.grouping)[position:]
+        with ThreadPoolExecutor(1, "batches") as reader:
+            ahead = None
+            for captions in [*order, None]:
+                made, ahead = ahead, None
+                if captions is not None:
+                    ahead = reader.submit(load_batch, self.train_data, captions, self.source, self._pad)
+                if made is not None:
+                    yield made.result()
+
+    def _take_step(
+        self, batch: Batch, photos: NDArray[np.int64], log: RunLog, on_step: Callable[[int, float], None]
+    ) -> None:
+        started, step = time.monotonic(), int(self.step)
+        seed = np.array([self.settings.training.seed, step], np.int32)
+        rate = float(self.optimizer.learning_rate)
+        with tensorflow_errors(f"step {step}"):
+            batch, found = self.objective.prepare(batch, photos, step)
+            normaliser = np.float32(self.objective.normaliser(batch))
+            total, cross_entropy, words = (float(x) for x in self._train_step(batch, normaliser, seed))
         if not math.isfinite(total):
-            raise TrainingError(
-                f"the loss is {total} at step {int(self.step)}: lower the learning rate in a new run folder"
-            )
+            raise TrainingError(f"the loss is {total} at step {step}: lower the learning rate in a new run folder")
         self.step.assign_add(1)
-        self._sums.assign_add([total, count])
-        step = int(self.step)
-        on_step(step, total / count)
-        if step % self.config.checkpoint_steps == 0 and step % self.steps_an_epoch:
+        self._sums.assign_add([cross_entropy, words])
+        step += 1
+        seconds = time.monotonic() - started
+        log.step(
+            {
+                "step": step,
+                "epoch": (step - 1) // self.steps_an_epoch + 1,
+                "objective": total / float(normaliser),
+                "loss": cross_entropy / words,
+                "learning_rate": rate,
+                "captions_per_second": round(len(batch.tokens) / seconds, 1),
+                **found,
+            }
+        )
+        on_step(step, cross_entropy / words)
+        if step % self.settings.training.checkpoint_steps == 0 and step % self.steps_an_epoch:
             self._last.save(step)
 
-    def validate(self) -> tuple[float, int]:
-        """Cross-entropy over all words of the validation captions, in nats, and the number of those words."""
-        order = np.argsort(self.validation.lengths, kind="stable")
-        size = self.config.batch_size
-        sums = np.zeros(2)
-        for start in range(0, len(order), size):
-            sums += [float(x) for x in self._validation_step(*_load(self.validation, order[start : start + size]))]
-        return float(sums[0]), int(sums[1])
-
-    def _record(self, epoch: int) -> dict[str, Any]:
-        total, count = (float(x) for x in self._sums.numpy())
-        val_total, val_count = self.validate()
-        return {
+    def _end_epoch(self, epoch: int, history: list[dict[str, Any]], log: RunLog, seconds: float) -> None:
+        """Validate, and write down what came of it."""
+        total, words = (float(x) for x in self._sums.numpy())
+        found = self.validation.run()
+        record = {
             "epoch": epoch,
             "step": int(self.step),
-            "loss": total / count,
-            "val_loss": val_total / val_count,
-            "perplexity": math.exp(min(val_total / val_count, 700)),
+            "loss": total / words,
             "tutorial_loss": tutorial_loss(total, self.train_data),
-            "val_tutorial_loss": tutorial_loss(val_total, self.validation),
+            **found.record,
+            "seconds": round(seconds, 1),
         }
+        self._sums.assign([0.0, 0.0])
+        history.append(record)
+        rank = _rank(record)
+        if rank > tuple(self.best.numpy()):
+            self.best.assign(rank)
+            self.stale.assign(0)
+            self._best.save(int(self.step))
+        else:
+            self.stale.assign_add(1)
+        self.validation.draw_sheet(found, self.folder, epoch)
+        # The record goes first: should the run die in between, the epoch's end is computed and written again.
+        append_json_line(self.folder / HISTORY, record)
+        self._last.save(int(self.step))
+        log.epoch(record)
+        plot_losses(history, self.folder / LOSS_CURVE)
+        logger.info(
+            "epoch %d of %d: loss %.4f, validation loss %.4f, perplexity %.2f, CIDEr %.4f, BLEU-4 %.2f",
+            *(epoch, self.settings.training.epochs, record["loss"], record["val_loss"]),
+            *(record["perplexity"], record["CIDEr"], record["BLEU-4"]),
+        )
+        if self.finished and int(self.step) < self.total_steps:
+            logger.info("no better CIDEr in %d epochs: training ends here", int(self.stale))
 
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec((None, None, None), tf.float32),
+    def _compile(self) -> Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
+        """The step in a graph, one for captions of every length: a batch to the sums of `objectives.Loss`."""
+        batch = Batch(
+            tf.TensorSpec((None, *self.source.loaded_shape), tf.float16),
+            tf.TensorSpec((None,), tf.int32),
             tf.TensorSpec((None, None), tf.int64),
-            tf.TensorSpec((2,), tf.int32),
-        ]
-    )
-    def _train_step(self, grid: tf.Tensor, tokens: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            tf.TensorSpec((None,), tf.float32),
+        )
+        signature = [batch, tf.TensorSpec((), tf.float32), tf.TensorSpec((2,), tf.int32)]
+        compiled: Callable[..., Any] = tf.function(self.replica_step, input_signature=signature, autograph=False)
+        return compiled
+
+    def replica_step(
+        self, batch: Batch, normaliser: tf.Tensor, seed: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """One step, or a replica's share of one.
+
+        Args:
+            batch: Tensors.
+            normaliser: What the loss of the whole batch is divided by; float32, a scalar.
+            seed: int32 [2], of the dropout.
+
+        Returns:
+            Loss, cross-entropy and words of the share, each a sum; see `caption_train.objectives.Loss`.
+        """
+        # Keras' variables hold TensorFlow's, of which the tape knows what a missing gradient looks like.
+        variables = [variable.value for variable in self.variables]
         with tf.GradientTape() as tape:
-            total, count = self._cross_entropy(grid, tokens, seed)
-            loss = total / count
-        variables = self.model.trainable_variables
-        self.optimizer.apply(tape.gradient(loss, variables), variables)
-        return total, count
-
-    @tf.function(input_signature=[tf.TensorSpec((None, None, None), tf.float32), tf.TensorSpec((None, None), tf.int64)])
-    def _validation_step(self, grid: tf.Tensor, tokens: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._cross_entropy(grid, tokens, None)
-
-    def _cross_entropy(self, grid: tf.Tensor, tokens: tf.Tensor, seed: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
-        """Sum over all words but padding, in nats, and the number of those words."""
-        logits = self.model(grid, tokens[:, :-1], seed=seed)
-        targets = tokens[:, 1:]
-        each = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=targets, logits=logits)
-        mask = tf.cast(targets != self._pad, tf.float32)
-        return tf.reduce_sum(each * mask), tf.reduce_sum(mask)
+            loss = self.objective.loss(self.model, self.source.grid(batch.loaded, training=True), batch, seed)
+            scaled = loss.total / normaliser
+        # The attention's V has a bias for the sake of the tutorial's checkpoints, and no gradient.
+        gradients = tape.gradient(scaled, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        self.optimizer.apply(gradients, self.variables)
+        return loss.total, loss.cross_entropy, loss.words
 
 
-def model_config(config: TrainConfig, places: int, channels: int, vocabulary_size: int) -> ModelConfig:
-    """The model of a run, given the grid and the vocabulary."""
-    return ModelConfig(
-        places, channels, vocabulary_size, config.embedding_dim, config.units, config.recurrence, config.dropout
-    )
-
-
-def tutorial_loss(cross_entropy: float, data: CaptionData) -> float:
-    """The number that the tutorial prints: padding counts in the mean, though not in the sum.
-
-    The tutorial sums over the words of a batch the batch's mean cross-entropy, zero at padding, and divides by the
-    length to which all captions are padded; so its loss falls when one long caption joins the set.
-
-    Args:
-        cross_entropy: Sum over all captions of `data`, in nats.
-        data: The captions.
-    """
-    return cross_entropy / (len(data) * int(data.tokens.shape[1]))
-
-
-def _load(data: CaptionData, batch: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Grids float32 [m, P, C] and tokens int64 [m, T], cut to the batch's longest caption."""
-    return data.cache.gather(data.rows[batch]).astype(np.float32), data.tokens[batch, : data.lengths[batch].max()]
+def _rank(record: Mapping[str, Any]) -> tuple[float, float]:
+    """What makes an epoch the best: CIDEr, and where that does not tell, as with a single photo, the loss."""
+    return record["CIDEr"], -record["val_loss"]

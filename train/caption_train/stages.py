@@ -1,0 +1,239 @@
+"""Making a run, stage by stage: folder, grids, vocabulary, trainer. Each finds what was done and goes on there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from caption_rt.errors import OptionsError
+from caption_rt.vocabulary import Vocabulary
+from caption_train.batches import CaptionData, caption_data
+from caption_train.checkpoints import Checkpoints
+from caption_train.datasets import Dataset
+from caption_train.errors import TrainingError
+from caption_train.files import read_json, refuse_other_options, write_json, write_text
+from caption_train.inception import (
+    DISTILLATION,
+    ExtractorConfig,
+    build_extractor,
+    load_extractor,
+    load_extractor_weights,
+    save_extractor,
+    weights_key,
+)
+from caption_train.logs import HISTORY
+from caption_train.runs import (
+    RUN,
+    SETTINGS,
+    VOCABULARY,
+    Run,
+    counts,
+    grids_of,
+    open_cache,
+    open_run,
+    run_settings,
+)
+from caption_train.settings import CONFIGS, KEYS, Settings, asked_for, load_settings, render
+from caption_train.sources import CachedGrids, FeatureSource
+from caption_train.training import BEST, LAST, START, Trainer
+
+logger = logging.getLogger(__name__)
+
+_GRID_SETTINGS = ("width", "size", "layer")  # of the extractor: a folder of weights brings its own
+_OF_THE_WEIGHTS = frozenset(  # what a run has in common with the one that it starts from
+    key
+    for key in KEYS
+    if key.startswith(("model.", "captions."))
+    or key in ("extractor.weights", *(f"extractor.{name}" for name in _GRID_SETTINGS))
+) - {"model.dropout"}
+
+
+class Prepared(NamedTuple):
+    """What training needs, made by the stages before it."""
+
+    train: CaptionData
+    validation: CaptionData
+    vocabulary: Vocabulary
+    source: FeatureSource
+
+
+def start_run(
+    folder: Path,
+    dataset: Dataset,
+    *,
+    choices: Mapping[str, Any],
+    config: str | None = None,
+    changes: Sequence[str] = (),
+    start_from: Path | None = None,
+) -> Settings:
+    """Make a run folder, or see that what is asked for is what the one there was begun with.
+
+    Args:
+        folder: The run folder.
+        dataset: The data, of which the counts are written down.
+        choices: What of the data set was taken: the arguments of `load_dataset` that decide it.
+        config: Name or file of the settings (see `load_settings`). If not given: those of a run that is there, or of
+            the run to start from, else the default.
+        changes: ``section.key=value`` each.
+        start_from: A run whose best weights, vocabulary and extractor this one begins with.
+
+    Returns:
+        The settings.
+
+    Raises:
+        OptionsError: A setting is wrong, or does not fit what the run begins with.
+        TrainingError: The folder holds a run that was begun otherwise, or what is left of one, or the extractor cannot
+            be had.
+        OSError: The folder cannot be written.
+    """
+    data = {"dataset": {**counts(dataset), **choices}}
+    if (folder / RUN).exists():
+        return _go_on(folder, data, asked_for(config, changes), changes, start_from)
+    left = [name for name in (VOCABULARY, HISTORY, LAST, BEST) if (folder / name).exists()]
+    if left:
+        raise TrainingError(f"{folder} has {left[0]} but no {RUN}: what it was made with is not known; take another")
+    record: dict[str, Any]
+    if start_from is None:
+        settings = load_settings(config or "default", changes)
+        extractor, extractor_config, origin = make_extractor(settings, _explicit(config, changes))
+        settings = settings.changed({f"extractor.{name}": getattr(extractor_config, name) for name in _GRID_SETTINGS})
+        record = {"weights": Path(settings.extractor.weights).name, **asdict(extractor_config)}
+        record |= {"sha256": weights_key(extractor), **origin}
+        record = {**data, "extractor": record}
+        save_extractor(extractor, extractor_config, folder)
+    else:
+        begun = open_run(start_from)
+        settings = _settings_from(begun, config, changes)
+        record = {**data, "extractor": begun.facts["extractor"], "start_from": _start_facts(begun)}
+        _write_start(folder, begun)
+    write_text(folder / SETTINGS, render(settings, config or "default"))
+    write_json(folder / RUN, record)  # last: a folder with it is a run
+    return settings
+
+
+def _go_on(
+    folder: Path,
+    data: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    changes: Sequence[str],
+    start_from: Path | None,
+) -> Settings:
+    """See that a run is asked for again as it was begun."""
+    settings, record = run_settings(folder), read_json(folder / RUN)
+    begun = settings.as_dict()
+    said = asked_for(None, changes)
+    for key, value in asked.items():
+        section, _, name = key.partition(".")
+        before = begun[section][name]
+        if section == "extractor":
+            if name in _GRID_SETTINGS and key not in said:
+                continue  # a folder of weights may have brought its own
+            if name == "weights":
+                before, value = Path(before).name, Path(value).resolve().name
+        if before != value:
+            raise TrainingError(
+                f"{folder} was begun with other settings: {key} was {before!r} and is now {value!r}; give the same "
+                "ones to go on, or another folder to begin anew"
+            )
+    started = {} if start_from is None else {"start_from": {"run": start_from.resolve().name}}
+    refuse_other_options(folder, record, {**data, **started})
+    return settings
+
+
+def _explicit(config: str | None, changes: Sequence[str]) -> dict[str, Any]:
+    """What somebody has written down, rather than a shipped file."""
+    return asked_for(config if config is not None and config not in CONFIGS else None, changes)
+
+
+def make_extractor(
+    settings: Settings, explicit: Mapping[str, Any]
+) -> tuple[keras.Model, ExtractorConfig, dict[str, Any]]:
+    """The extractor of a new run, and what is known of where it comes from."""
+    chosen = settings.extractor
+    weights, source = chosen.weights, Path(chosen.weights)
+    if weights in ("imagenet", "none") or not source.is_dir():
+        config = ExtractorConfig(chosen.width, chosen.size, chosen.layer)
+        keras.utils.set_random_seed(settings.training.seed)
+        extractor = build_extractor(config)
+        load_extractor_weights(extractor, weights)
+        return extractor, config, {}
+    extractor, config = load_extractor(source)
+    for name in _GRID_SETTINGS:
+        asked = explicit.get(f"extractor.{name}", getattr(config, name))
+        if asked != getattr(config, name):
+            raise OptionsError(f"the extractor in {source} has {name} {getattr(config, name)}, not {asked}")
+    origin = read_json(source / DISTILLATION) if (source / DISTILLATION).exists() else {}
+    return extractor, config, origin
+
+
+def _settings_from(begun: Run, config: str | None, changes: Sequence[str]) -> Settings:
+    """Settings of a run that starts from another one: those of that one, unless told otherwise."""
+    before = begun.settings.as_dict()
+    for key, value in _explicit(config, changes).items():
+        section, _, name = key.partition(".")
+        if key in _OF_THE_WEIGHTS and value != before[section][name]:
+            raise OptionsError(
+                f"{key} is {before[section][name]!r} in {begun.folder}, so it is in a run that starts from there: "
+                f"not {value!r}"
+            )
+    asked = asked_for(config, changes)
+    return begun.settings.changed({key: value for key, value in asked.items() if key not in _OF_THE_WEIGHTS})
+
+
+def _start_facts(begun: Run) -> dict[str, Any]:
+    """Where a run begins that starts from another one; with where that one began."""
+    before = begun.facts.get("start_from")
+    facts = {"run": begun.folder.resolve().name, "step": begun.facts["checkpoint"]["step"]}
+    return facts | ({"start_from": before} if before else {})
+
+
+def _write_start(folder: Path, begun: Run) -> None:
+    """Copy what a run begins with out of another one, which is not needed afterwards."""
+    save_extractor(begun.extractor, begun.extractor_config, folder)
+    write_json(folder / VOCABULARY, begun.vocabulary.to_json())
+    Checkpoints(folder / START, 1, {"encoder": begun.model.encoder, "decoder": begun.model.decoder}).save(0)
+
+
+def build_vocabulary(folder: Path, dataset: Dataset, settings: Settings) -> Vocabulary:
+    """The run's vocabulary, from the training captions; read back if it was written before."""
+    path = folder / VOCABULARY
+    if path.exists():
+        return Vocabulary.from_json(read_json(path))
+    captions = (caption for image in dataset.train for caption in image.captions)
+    chosen = settings.captions
+    vocabulary = Vocabulary.build(captions, chosen.vocabulary_size, min_count=chosen.min_count)
+    write_json(path, vocabulary.to_json())
+    return vocabulary
+
+
+def prepare(folder: Path, dataset: Dataset, cache_folder: Path) -> Prepared:
+    """The stages before training: grids and vocabulary.
+
+    Raises:
+        DatasetError: No photo can be read.
+        TrainingError: The folder holds no run, or the cache cannot be written.
+    """
+    settings = run_settings(folder)
+    extractor, extractor_config = load_extractor(folder)
+    cache = open_cache(cache_folder, extractor, extractor_config)
+    rows = grids_of(cache, extractor, extractor_config, [*dataset.train, *dataset.validation])
+    vocabulary = build_vocabulary(folder, dataset, settings)
+    max_words = settings.captions.max_words
+    train, validation = np.split(rows, [len(dataset.train)])
+    return Prepared(
+        caption_data(dataset.train, train, vocabulary, max_words),
+        caption_data(dataset.validation, validation, vocabulary, max_words),
+        vocabulary,
+        CachedGrids(cache),
+    )
+
+
+def trainer_of(folder: Path, dataset: Dataset, cache_folder: Path) -> Trainer:
+    """Grids, vocabulary, and the trainer at the last checkpoint."""
+    return Trainer(run_settings(folder), *prepare(folder, dataset, cache_folder), folder)
