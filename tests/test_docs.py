@@ -31,7 +31,7 @@ def code(text):
 
 def calls(path):
     """The calls of our commands in a document: name and arguments."""
-    found = re.compile(r"(?:^|[ /])(caption-(?:rt|export|train \w+)) ([^&|]+)")
+    found = re.compile(r"(?:^|[ /])(caption-(?:rt|export|train [\w-]+)) ([^&|]+)")
     for line in code(path.read_text(encoding="utf-8")):
         for name, arguments in found.findall(line.removeprefix("$ ")):
             yield name, shlex.split(arguments, comments=True)
@@ -56,6 +56,7 @@ def test_there_are_commands_to_look_at():
         "caption-train train",
         "caption-train evaluate",
         *["caption-train distill", "caption-train fetch", "caption-train report"],
+        *["caption-train caption", "caption-train import-tutorial"],
     }
     assert sum(len(list(calls(path))) for path in DOCUMENTS) > 25
 
