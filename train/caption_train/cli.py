@@ -11,9 +11,11 @@ import click
 
 from caption_rt import __version__
 from caption_rt.console import run_command
+from caption_train.cli_caption import caption
 from caption_train.cli_data import fetch, report
 from caption_train.cli_distill import distill
 from caption_train.cli_evaluate import evaluate
+from caption_train.cli_import import import_tutorial
 from caption_train.cli_train import show_settings, train
 
 
@@ -35,6 +37,7 @@ def command(verbose: bool) -> None:
     \b
       caption-train train Flickr8k runs/first       train, and go on after a stop
       caption-train evaluate Flickr8k runs/first    scores, and captions beside real ones
+      caption-train caption photo.jpg runs/first    a photo's caption, before any export
       caption-export runs/first my-bundle ...       make a bundle of it for caption-rt
 
     Exit codes: 0 done, 1 disk, 2 options, 3 vocabulary, 4 photo, 6 data set, 7 training, 130 interrupted (Ctrl-C).
@@ -49,5 +52,5 @@ def command(verbose: bool) -> None:
     os.environ["KERAS_BACKEND"] = "tensorflow"  # there is no other for these models, whatever Keras is set to
 
 
-for _part in (fetch, report, train, show_settings, evaluate, distill):
+for _part in (fetch, report, train, show_settings, evaluate, caption, distill, import_tutorial):
     command.add_command(_part)

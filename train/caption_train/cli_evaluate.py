@@ -40,7 +40,7 @@ class Findings:
     "--checkpoint",
     type=click.Choice(["best", "last"]),
     default="best",
-    help="The one with the lowest validation loss, or the last one.",
+    help="The best one on the validation photos, or the last one.",
 )
 @click.option("--beam", "beam_size", type=COUNT, default=1, help="Captions searched side by side; 1 is greedy.")
 @click.option(
