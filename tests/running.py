@@ -22,7 +22,9 @@ PREFIX = [sys.executable, "-m", "caption_rt", "--model", str(BUNDLE), "--device"
 _forks = multiprocessing.get_context("forkserver") if sys.platform != "win32" else multiprocessing.get_context()
 if sys.platform != "win32":
     # Loaded once, so that a process is there in milliseconds: it is killed before it would be otherwise.
-    _forks.set_forkserver_preload(["running", "caption_rt.captioner", "caption_rt.batch", "caption_rt.output_file"])
+    _forks.set_forkserver_preload(
+        ["running", "onnxruntime", *(f"caption_rt.{name}" for name in ("cli", "batch", "captioner", "output_file"))]
+    )
 
 
 def caption_rt(*arguments: object, **keywords: Any) -> subprocess.CompletedProcess[str]:

@@ -8,45 +8,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from caption_rt.errors import CaptionError, OptionsError, printable, remedy_of
-from caption_rt.ledger import SIDECARS, DamagedLedger, Ledger, NoLedger, Row, check_ledger, key_of
+from caption_rt.ledger import SIDECARS, DamagedLedger, Ledger, NoLedger, Row, key_of
+from caption_rt.output_place import check_output, ledger_path, size_of, sync_folder
 from caption_rt.outputs import Entry, Known, RunKey, digest_of
 from caption_rt.sources import Source
 from caption_rt.writers import LineWriter
 
-__all__ = ["FileOutput", "check_output", "sync_folder"]
+__all__ = ["FileOutput"]
 
 _CHUNK = 1 << 20
 _BINARY = getattr(os, "O_BINARY", 0)  # of Windows
-
-
-def check_output(path: Path, existing: str, ledger: Path | None = None) -> None:
-    """Refuse an output file before anything is loaded or changed.
-
-    Args:
-        path: the file.
-        existing: one of `caption_rt.outputs.EXISTING`.
-        ledger: where its ledger is; None for beside it.
-
-    Raises:
-        OptionsError: it is a folder, its folder is not there, or it is not ours and would have to be changed.
-        CaptionError: it, or its ledger, cannot be written where it is.
-    """
-    name = printable(path)
-    if path.is_dir():
-        raise OptionsError(f"the output {name} is a folder: name a file")
-    if not path.parent.is_dir():
-        raise OptionsError(f"the folder of the output {name} does not exist: make it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        what = "it" if path.exists() else "its folder"
-        raise CaptionError(
-            f"the output {name} cannot be written, because {what} is read-only: change that, or write it elsewhere"
-        )
-    check_ledger(ledger or _ledger_path(path))
-    if existing in ("resume", "skip") and _size(path) and not (ledger or _ledger_path(path)).exists():
-        raise OptionsError(
-            f"the output {name} exists and was not written by caption-rt, or its ledger is gone: choose another, or "
-            "--existing append or overwrite"
-        )
 
 
 class FileOutput:
@@ -196,7 +167,7 @@ class FileOutput:
         return value
 
     def _open_ledger(self, elsewhere: Path | None) -> Ledger:
-        path = elsewhere or _ledger_path(self._path)
+        path = elsewhere or ledger_path(self._path)
         if self._existing in ("append", "overwrite"):
             try:
                 ledger = Ledger(path)
@@ -227,15 +198,15 @@ class FileOutput:
                 "name another"
             )
         if self._existing == "overwrite":
-            if _size(self._path):
+            if size_of(self._path):
                 os.truncate(self._path, 0)
             self._start(format_name, base=0)
         elif ours is None:
             # The ledger was made just now, or by a process that ended before it wrote anything.
-            there = _size(self._path)
+            there = size_of(self._path)
             if there and self._existing != "append":
                 self._ledger.close()
-                _ledger_path(self._path).unlink()
+                ledger_path(self._path).unlink()
                 check_output(self._path, self._existing)
             self._start(format_name, base=self._adopt() if there else 0)
         elif ours != format_name:
@@ -243,7 +214,7 @@ class FileOutput:
                 f"the output {self._name} has the format {ours!s}, not {format_name}: choose another, or --existing "
                 "overwrite"
             )
-        elif self._existing == "append" and _size(self._path):
+        elif self._existing == "append" and size_of(self._path):
             self._open_file()
             with contextlib.suppress(OptionsError):  # edited: it stays so
                 self._complete_file()
@@ -305,7 +276,7 @@ class FileOutput:
             OptionsError: somebody else changed it.
         """
         base, size, synced = (self._fact(name) for name in ("base", "size", "synced"))
-        there, state = _size(self._path), self._ledger.fact("state")
+        there, state = size_of(self._path), self._ledger.fact("state")
         # The file was to be written anew: it is the old one or the new one.
         replaced = state == "replacing" and there == self._fact("new_size")
         if replaced and self._agreement(base, stale=False) == there:
@@ -410,16 +381,6 @@ class FileOutput:
             self._ledger.set_facts(size=size, synced=size, state="complete")
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the system knows such a thing."""
-    with contextlib.suppress(OSError):
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-
-
 def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
     while count:
         piece = old.read(min(count, _CHUNK))
@@ -427,14 +388,3 @@ def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
             return
         new.write(piece)
         count -= len(piece)
-
-
-def _ledger_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.ledger")
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0

@@ -113,7 +113,7 @@ class Request:
         if self.given["errors"] is not None:
             ErrorsFile.check(Path(self.given["errors"]), replace=self.existing == "overwrite")
         if self.output is not None and self.kept:
-            from caption_rt.output_file import check_output
+            from caption_rt.output_place import check_output
 
             check_output(self.output, self.existing, self.ledger)
 

@@ -219,22 +219,21 @@ def test_a_folder_may_be_empty(run, tmp_path, photos):
     assert "(.jpg, .png) and that --include and --exclude let pass\n" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["jsonl", "csv"])
-def test_photos_that_are_piped_in_one_after_the_other_all_have_their_record(run, photos, tmp_path, name):
+def test_photos_that_are_piped_in_one_after_the_other_all_have_their_record(run, photos, tmp_path):
     """Standard input is known by what it holds."""
-    out = tmp_path / f"out.{name}"
+    out = tmp_path / "out.csv"
 
     def pipe(data, *arguments):
         done = run("-", "-o", out, *arguments, input=data, text=False)
         lines = out.read_bytes().splitlines()
-        return done.returncode, len(lines) - (name == "csv"), done.stderr.decode()
+        return done.returncode, len(lines) - 1, done.stderr.decode()
 
-    counts = [pipe(photo.read_bytes())[:2] for photo in (*photos, photos[0], photos[2])]
-    assert counts == [(0, 1), (0, 2), (0, 3), (0, 3), (0, 3)]
+    counts = [pipe(photo.read_bytes())[:2] for photo in (*photos[:2], photos[0])]
+    assert counts == [(0, 1), (0, 2), (0, 2)]
     # Bad ones as well, those among them of which only the beginning was read.
-    for count, data in enumerate((b"\0noise", b"\0other noise", b"\0noise"), 4):
-        assert pipe(data)[:2] == (4, min(count, 5))
-    for count, photo in enumerate(photos[:2], 6):
+    for count, data in enumerate((b"\0noise", b"\0other noise", b"\0noise"), 3):
+        assert pipe(data)[:2] == (4, min(count, 4))
+    for count, photo in enumerate(photos[:2], 5):
         code, lines, said = pipe(photo.read_bytes(), "--max-bytes", "1k")
         assert (code, lines) == (4, count)
         assert "1 x is too large a file: -" in said

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from caption_rt.errors import CaptionError, OptionsError
-from caption_rt.output_file import check_output
+from caption_rt.output_place import check_output
 from caption_rt.outputs import Entry, RunKey, digest_of
 from caption_rt.records import Record
 from caption_rt.sources import Source
