@@ -78,7 +78,7 @@ def measure(path: str, small: Path, large: Path, arguments: argparse.Namespace) 
     bundle = Bundle.open(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = usable_cpus()
-    graph = bundle.read(bundle.manifest.graphs["extractor"].file)
+    graph = bundle.read(bundle.manifest.precisions["fp32"]["extractor"].file)
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     size = bundle.manifest.image.size
     names = sorted(small.iterdir())[: arguments.photos]

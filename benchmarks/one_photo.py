@@ -33,7 +33,7 @@ def bare_session(bundle: Bundle, graph: str, *, stops: bool = False) -> onnxrunt
     options.intra_op_num_threads = usable_cpus()
     if stops:
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    data = bundle.read(bundle.manifest.graphs[graph].file)
+    data = bundle.read(bundle.manifest.precisions["fp32"][graph].file)
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 

@@ -107,7 +107,7 @@ def export_bundle(
         name=name,
         description=description or _description(run),
         license=license,
-        graphs={graph.name: graph.spec for graph in graphs.values()},
+        precisions={"fp32": {graph.name: graph.spec for graph in graphs.values()}},
         image=ImageSpec(size),
         grid=grid,
         recurrence=run.model.config.recurrence,

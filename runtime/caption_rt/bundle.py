@@ -1,7 +1,7 @@
 """The bundle: the contract between the exporter, which writes one, and the runtime, which opens one.
 
-A bundle is a folder, or a zip file of it, that holds ``manifest.json``, three ONNX graphs, ``vocabulary.json``,
-``selftest.json`` and a ``README.md``. docs/bundle.md describes the format.
+A bundle is a folder, or a zip file of it, that holds ``manifest.json``, three ONNX graphs in one precision or several,
+``vocabulary.json``, ``selftest.json`` and a ``README.md``. docs/bundle.md describes the format.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from caption_rt.manifest import (
     FORMAT_VERSION,
     GRAPH_TENSORS,
     MANIFEST_FILE,
+    PRECISIONS,
     SELFTEST_FILE,
     VOCABULARY_FILE,
     DecodingSpec,
@@ -34,6 +35,7 @@ __all__ = [
     "FORMAT_VERSION",
     "GRAPH_TENSORS",
     "MANIFEST_FILE",
+    "PRECISIONS",
     "SELFTEST_FILE",
     "VOCABULARY_FILE",
     "Bundle",
@@ -84,7 +86,7 @@ class Bundle:
         self._files = files
         try:
             self._manifest = self._read_manifest()
-            self._contents = {name: self._verified(name) for name in self._manifest.files}
+            self._contents = self._verified_contents()
             self._vocabulary = Vocabulary.from_json(parse_json(self._contents[VOCABULARY_FILE], VOCABULARY_FILE))
             self._check_vocabulary()
         except BundleError as exc:
@@ -139,7 +141,8 @@ class Bundle:
         """The verified bytes of a file.
 
         They are handed out once from memory, so that an open bundle does not hold a second copy of its graphs; a later
-        call reads the file again and verifies it again.
+        call reads the file again and verifies it again. So does the first one for a graph that only a larger precision
+        than the bundle's smallest has.
 
         Raises:
             BundleError: the manifest lists no such file, or it has changed since the bundle was opened.
@@ -172,6 +175,20 @@ class Bundle:
         self._sha256 = hashlib.sha256(data).hexdigest()
         return Manifest.from_json(parse_json(data, MANIFEST_FILE))
 
+    def _verified_contents(self) -> dict[str, bytes]:
+        """Verify every file, and keep those that are likely to be read."""
+        precisions, files = self._manifest.precisions, self._manifest.files
+        graphs = {precision: {graph.file for graph in precisions[precision].values()} for precision in precisions}
+        # What only a larger precision needs is verified and let go: it would be twice as much memory, or more.
+        kept = min(graphs.values(), key=lambda names: sum(files[name].size for name in names))
+        passing = set().union(*graphs.values()) - kept
+        contents = {}
+        for name in files:
+            data = self._verified(name)
+            if name not in passing:
+                contents[name] = data
+        return contents
+
     def _verified(self, name: str) -> bytes:
         spec = self._manifest.files[name]
         data = self._read_file(name, spec.size)
@@ -191,7 +208,8 @@ class Bundle:
             raise BundleError(f"{name} cannot be read: {printable(exc)}") from exc
 
     def _check_vocabulary(self) -> None:
-        size = self._manifest.graphs["decoder"].outputs[0].shape[1]
+        any_precision = next(iter(self._manifest.precisions.values()))
+        size = any_precision["decoder"].outputs[0].shape[1]
         if len(self._vocabulary) != size:
             raise BundleError(f"the decoder gives {size} log-probabilities for {len(self._vocabulary)} words")
         if self._vocabulary.special_ids != self._manifest.special_ids:
@@ -208,7 +226,7 @@ def write_bundle(
     name: str,
     description: str,
     license: str,
-    graphs: Mapping[str, GraphSpec],
+    precisions: Mapping[str, Mapping[str, GraphSpec]],
     image: ImageSpec,
     grid: GridSpec,
     recurrence: str,
@@ -230,7 +248,7 @@ def write_bundle(
         name: see `Manifest`, as for all arguments up to `versions`.
         description: see `Manifest`.
         license: see `Manifest`.
-        graphs: see `Manifest`.
+        precisions: see `Manifest`.
         image: see `Manifest`.
         grid: see `Manifest`.
         recurrence: see `Manifest`.
@@ -257,7 +275,7 @@ def write_bundle(
         description=description,
         license=license,
         files=files,
-        graphs=graphs,
+        precisions=precisions,
         image=image,
         grid=grid,
         recurrence=recurrence,

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from caption_rt import _cuda
 from caption_rt._gather import gather_model
 from caption_rt._rows import Decoded, DeviceRows, Encoded, Gather, Rows, engine_errors, padded, run_bound
-from caption_rt.bundle import Bundle, GraphSpec, TensorSpec
+from caption_rt.bundle import PRECISIONS, Bundle, GraphSpec, TensorSpec
 from caption_rt.devices import Device, Missing, missing_cuda, parse_device
-from caption_rt.errors import BundleError, EngineError, printable
+from caption_rt.errors import BundleError, EngineError, OptionsError, printable
 from caption_rt.threads import thread_count, usable_cpus, worker_processors
 
 try:
@@ -38,6 +38,7 @@ __all__ = [
     "Graph",
     "Rows",
     "built_in_providers",
+    "check_precision",
     "cuda_missing",
     "try_provider",
     "version",
@@ -57,6 +58,8 @@ _BOUND_TYPES = frozenset({"cuda"})
 # Photos that go through the extractor together on a CPU. More are no faster and take memory: InceptionV3 at 299 pixels
 # has 850 MiB with 16 at once, 510 with 4 at a time.
 _CPU_PHOTOS = 4
+# What a bundle is run in on a device where nothing else is asked for: the first that it has.
+_PREFERRED = {"cuda": ("fp16", "fp32", "int8"), "cpu": ("int8", "fp32", "fp16")}
 _DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
@@ -146,28 +149,36 @@ class Engine:
         bundle: the bundle.
         device: one of `caption_rt.devices.DEVICES`. Where it is CUDA, a photo is tried before the engine is there.
         intra_op_threads: see `Graph`.
+        precision: one of `caption_rt.bundle.PRECISIONS`; None for the best that the bundle has for the device.
 
     Raises:
-        OptionsError: an unknown device, or fewer than 1 thread.
+        OptionsError: an unknown device, fewer than 1 thread, or a precision that the bundle does not have.
         BundleError: a graph does not have the inputs and outputs that the manifest states.
         EngineError: ONNX Runtime cannot load a graph, or the device cannot be used.
     """
 
-    def __init__(self, bundle: Bundle, device: str = "auto", intra_op_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "auto",
+        intra_op_threads: int | None = None,
+        precision: str | None = None,
+    ) -> None:
         """Load the three graphs."""
+        check_precision(bundle, precision)
         self._graphs: _Graphs | None = None
         self._threads = thread_count(intra_op_threads)
         self._device, missing = _choose(device)
         self._fallback = None if missing is None or missing.expected else missing.reason
         try:
-            self._load(bundle, intra_op_threads)
+            self._load(bundle, intra_op_threads, precision)
             if self._device.type == "cuda":
                 self._try_a_photo(bundle)
         except EngineError as exc:
             if device != "auto" or self._device.type == "cpu":
                 raise
             self._device, self._fallback = Device("cpu", 0), str(exc)
-            self._load(bundle, intra_op_threads)
+            self._load(bundle, intra_op_threads, precision)
         if self._fallback is not None:
             _log.info("the CPU is used, because CUDA cannot be: %s", self._fallback)
 
@@ -180,6 +191,11 @@ class Engine:
     def device(self) -> str:
         """Where it runs: "cpu", "cuda:0"."""
         return self._device.name
+
+    @property
+    def precision(self) -> str:
+        """What it computes in: one of `caption_rt.bundle.PRECISIONS`."""
+        return self._precision
 
     @property
     def fallback(self) -> str | None:
@@ -252,9 +268,12 @@ class Engine:
         values = graphs.decoder.run_bound(token, state, features, keys, host=("log_probs", "attention"))
         return Decoded(**values | {"next_state": DeviceRows(values["next_state"], graphs.gather)})
 
-    def _load(self, bundle: Bundle, intra_op_threads: int | None) -> None:
+    def _load(self, bundle: Bundle, intra_op_threads: int | None, precision: str | None) -> None:
+        precisions = bundle.manifest.precisions
+        self._precision = precision or next(name for name in _PREFERRED[self._device.type] if name in precisions)
+
         def load(name: str) -> Graph:
-            spec = bundle.manifest.graphs[name]
+            spec = precisions[self._precision][name]
             return Graph(bundle.read(spec.file), spec, self._device.name, intra_op_threads)
 
         bound = self._device.type in _BOUND_TYPES
@@ -272,6 +291,24 @@ class Engine:
         encoded = self.encode(self.extract(np.zeros((1, size, size, 3), np.uint8)))
         first = np.zeros(1, np.int64)
         self.decode(first, encoded.initial_state[first], encoded.features, encoded.keys)
+
+
+def check_precision(bundle: Bundle, precision: str | None) -> None:
+    """See that a bundle has a precision.
+
+    Args:
+        bundle: the bundle.
+        precision: what is asked for; None for whatever is best.
+
+    Raises:
+        OptionsError: it is none of `caption_rt.bundle.PRECISIONS`, or the bundle does not have it.
+    """
+    there = bundle.manifest.precisions
+    if precision is None or precision in there:
+        return
+    if precision not in PRECISIONS:
+        raise OptionsError(f"the precision is one of {', '.join(PRECISIONS)}, not {printable(precision)!r}")
+    raise OptionsError(f"the bundle {printable(bundle.path)} has no {precision}: it has {' and '.join(there)}")
 
 
 @functools.cache

@@ -15,6 +15,7 @@ __all__ = [
     "FORMAT_VERSION",
     "GRAPH_TENSORS",
     "MANIFEST_FILE",
+    "PRECISIONS",
     "SELFTEST_FILE",
     "VOCABULARY_FILE",
     "DecodingSpec",
@@ -40,6 +41,9 @@ GRAPH_TENSORS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "decoder": (("token", "state", "features", "keys"), ("log_probs", "next_state", "attention")),
 }
 """The three graphs, each with the names of its inputs and outputs, in the order in which a manifest lists them."""
+
+PRECISIONS = ("fp32", "fp16", "int8")
+"""The precisions that the three graphs may be there in. At the graphs' edges it is float32 in all of them."""
 
 # ONNX is a protobuf file, and protobuf ends at 2 GiB: a larger size is a mistake or an attack.
 MAX_FILE_SIZE = 2**31
@@ -181,8 +185,9 @@ class Manifest:
     """The licence of the weights: an SPDX identifier, or a sentence where there is none."""
     files: Mapping[str, FileSpec]
     """Every file of the bundle but the manifest itself, by name."""
-    graphs: Mapping[str, GraphSpec]
-    """The three graphs: extractor, encoder, decoder."""
+    precisions: Mapping[str, Mapping[str, GraphSpec]]
+    """By precision, one at least of `PRECISIONS`, the three graphs: extractor, encoder, decoder. Their tensors are the
+    same in each; precisions may share files."""
     image: ImageSpec
     """How a photo is read."""
     grid: GridSpec
@@ -204,7 +209,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         """Check what can be checked without the files."""
-        for required in (VOCABULARY_FILE, SELFTEST_FILE, *(graph.file for graph in self.graphs.values())):
+        graphs = [graph for of_precision in self.precisions.values() for graph in of_precision.values()]
+        for required in (VOCABULARY_FILE, SELFTEST_FILE, *(graph.file for graph in graphs)):
             if required not in self.files:
                 raise BundleError(f"manifest.json: files does not list {printable(required)}")
         for file_name in self.files:
@@ -225,7 +231,7 @@ class Manifest:
             raise BundleError(
                 f"manifest.json: the bundle has format {version} and this caption-rt reads {FORMAT_VERSION}: {what}"
             )
-        image, grid, graphs = fields.inner("image"), fields.inner("grid"), fields.inner("graphs")
+        image, grid = fields.inner("image"), fields.inner("grid")
         files, ids, decoding = fields.inner("files"), fields.inner("special_ids"), fields.inner("decoding")
         versions = fields.inner("versions")
         return cls(
@@ -233,7 +239,7 @@ class Manifest:
             description=fields.text("description"),
             license=fields.text("license"),
             files={name: FileSpec.from_fields(files.inner(name)) for name in files.names()},
-            graphs={name: GraphSpec.from_fields(graphs.inner(name)) for name in GRAPH_TENSORS},
+            precisions=_precisions(fields.inner("precisions")),
             image=ImageSpec(
                 image.integer("size", 1), image.choice("resize", ("bilinear",)), image.choice("color", ("RGB",))
             ),
@@ -264,7 +270,11 @@ class Manifest:
                 "length_penalty": self.decoding.length_penalty,
                 "max_words": self.decoding.max_words,
             },
-            "graphs": {name: graph.to_json() for name, graph in self.graphs.items()},
+            "precisions": {
+                precision: {name: graph.to_json() for name, graph in self.precisions[precision].items()}
+                for precision in PRECISIONS
+                if precision in self.precisions
+            },
             "training": dict(self.training),
             "scores": dict(self.scores),
             "versions": dict(self.versions),
@@ -282,28 +292,33 @@ def check_file_name(name: str) -> None:
         raise BundleError(f"manifest.json: {printable(name)!r} is not the name of a file inside the bundle")
 
 
+def _precisions(fields: Fields) -> dict[str, dict[str, GraphSpec]]:
+    """The graphs by precision, in the order of `PRECISIONS`.
+
+    Raises:
+        BundleError: there is none, one that is not known, or one without all of its graphs.
+    """
+    found = fields.names()
+    for name in found:
+        if name not in PRECISIONS:
+            raise fields.error(name, f"is no precision: {', '.join(PRECISIONS)} are")
+    precisions = [(name, fields.inner(name)) for name in PRECISIONS if name in found]
+    return {
+        name: {graph: GraphSpec.from_fields(graphs.inner(graph)) for graph in GRAPH_TENSORS}
+        for name, graphs in precisions
+    }
+
+
 def _check_tensors(manifest: Manifest) -> None:
     """The tensors must have the names that the runtime uses and sizes that fit the rest of the manifest."""
+    if not manifest.precisions:
+        raise BundleError("manifest.json: precisions has none")
     shapes: dict[str, tuple[int | str, ...]] = {}
-    for graph_name, (inputs, outputs) in GRAPH_TENSORS.items():
-        if graph_name not in manifest.graphs:
-            raise BundleError(f"manifest.json: graphs has no {graph_name}")
-        graph = manifest.graphs[graph_name]
-        names = tuple(tensor.name for tensor in graph.inputs), tuple(tensor.name for tensor in graph.outputs)
-        if names != (inputs, outputs):
-            raise BundleError(
-                f"manifest.json: the {graph_name} graph must go from {', '.join(inputs)} to {', '.join(outputs)}"
-            )
-        for tensor in (*graph.inputs, *graph.outputs):
-            # The encoder's features, keys and state go into the decoder as they are.
-            known = "state" if tensor.name in ("initial_state", "next_state") else tensor.name
-            if shapes.setdefault(known, tensor.shape)[1:] != tensor.shape[1:]:
-                raise BundleError(
-                    f"manifest.json: {tensor.name} has another shape in the {graph_name} graph than before"
-                )
-            dtype = {"images": "uint8", "token": "int64"}.get(tensor.name, "float32")
-            if tensor.dtype != dtype:
-                raise BundleError(f"manifest.json: {tensor.name} of the {graph_name} graph must be {dtype}")
+    for precision, graphs in manifest.precisions.items():
+        for graph_name in GRAPH_TENSORS:
+            if graph_name not in graphs:
+                raise BundleError(f"manifest.json: the precision {printable(precision)} has no {graph_name}")
+            _check_graph(graph_name, graphs[graph_name], shapes)
     size, places = manifest.image.size, manifest.grid.rows * manifest.grid.columns
     expected: dict[str, tuple[int | None, ...]] = {
         "images": (size, size, 3),
@@ -319,3 +334,21 @@ def _check_tensors(manifest: Manifest) -> None:
         actual = shapes[name][1:]
         if len(actual) != len(sizes) or any(b is not None and a != b for a, b in zip(actual, sizes, strict=True)):
             raise BundleError(f"manifest.json: the shape of {name} contradicts image and grid: {list(shapes[name])}")
+
+
+def _check_graph(graph_name: str, graph: GraphSpec, shapes: dict[str, tuple[int | str, ...]]) -> None:
+    """One graph's tensors; `shapes` has those of the graphs before, by tensor, and takes on this one's."""
+    inputs, outputs = GRAPH_TENSORS[graph_name]
+    names = tuple(tensor.name for tensor in graph.inputs), tuple(tensor.name for tensor in graph.outputs)
+    if names != (inputs, outputs):
+        raise BundleError(
+            f"manifest.json: the {graph_name} graph must go from {', '.join(inputs)} to {', '.join(outputs)}"
+        )
+    for tensor in (*graph.inputs, *graph.outputs):
+        # The encoder's features, keys and state go into the decoder as they are.
+        known = "state" if tensor.name in ("initial_state", "next_state") else tensor.name
+        if shapes.setdefault(known, tensor.shape)[1:] != tensor.shape[1:]:
+            raise BundleError(f"manifest.json: {tensor.name} has another shape in the {graph_name} graph than before")
+        dtype = {"images": "uint8", "token": "int64"}.get(tensor.name, "float32")
+        if tensor.dtype != dtype:
+            raise BundleError(f"manifest.json: {tensor.name} of the {graph_name} graph must be {dtype}")

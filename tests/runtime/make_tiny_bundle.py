@@ -297,7 +297,7 @@ def make(folder: Path) -> None:
         name="tiny",
         description="A captioner of a few kB with random weights, for tests.",
         license="Apache-2.0",
-        graphs=specs,
+        precisions={"fp32": specs},
         image=ImageSpec(SIZE),
         grid=GridSpec(ROWS, COLUMNS, CHANNELS),
         recurrence="carry",

@@ -43,7 +43,7 @@ def replace_file(folder, name, data):
 def arguments(bundle):
     """The arguments of write_bundle that make the same bundle again."""
     fields = (
-        *("name", "description", "license", "graphs", "image", "grid", "recurrence", "special_ids", "decoding"),
+        *("name", "description", "license", "precisions", "image", "grid", "recurrence", "special_ids", "decoding"),
         *("training", "scores", "versions"),
     )
     manifest = bundle.manifest
@@ -75,8 +75,8 @@ def test_a_bundle_states_its_facts(tiny_bundle):
     assert manifest.decoding == DecodingSpec(beam_size=1, length_penalty=0.0, max_words=8)
     assert manifest.recurrence == "carry"
     assert manifest.special_ids == {"pad": 4, "unk": 11, "start": 8, "end": 1}
-    assert manifest.graphs["decoder"].inputs[2].name == "features"
-    assert manifest.graphs["decoder"].inputs[2].shape == ("m", 6, 6)
+    assert manifest.precisions["fp32"]["decoder"].inputs[2].name == "features"
+    assert manifest.precisions["fp32"]["decoder"].inputs[2].shape == ("m", 6, 6)
     assert bundle.vocabulary.words[:4] == ("a", "<end>", "cat", "dog")
     assert len(bundle.selftest()["inputs"]) == 2
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
@@ -95,6 +95,47 @@ def test_read_gives_the_verified_bytes_each_time(copy):
     assert hashlib.sha256(bundle.read("encoder.onnx")).hexdigest() == bundle.manifest.files["encoder.onnx"].sha256
     with pytest.raises(BundleError, match=r"the manifest lists no file \.\./secret"):
         bundle.read("../secret")
+
+
+@pytest.fixture
+def two_precisions(copy):
+    """The copy with an int8 whose encoder alone is a file of its own."""
+    (copy / "encoder-int8.onnx").write_bytes(b"")
+
+    def change(data):
+        data["precisions"]["int8"] = json.loads(json.dumps(data["precisions"]["fp32"]))
+        data["precisions"]["int8"]["encoder"]["file"] = "encoder-int8.onnx"
+
+    edit_manifest(copy, change)
+    replace_file(copy, "encoder-int8.onnx", b"smaller")
+    return copy
+
+
+def test_precisions_may_share_files(two_precisions):
+    bundle = Bundle.open(two_precisions)
+    assert list(bundle.manifest.precisions) == ["fp32", "int8"]
+    files = {name: [graph.file for graph in graphs.values()] for name, graphs in bundle.manifest.precisions.items()}
+    assert files["fp32"] == ["extractor.onnx", "encoder.onnx", "decoder.onnx"]
+    assert files["int8"] == ["extractor.onnx", "encoder-int8.onnx", "decoder.onnx"]
+    assert Manifest.from_json(json.loads(json.dumps(bundle.manifest.to_json()))) == bundle.manifest
+    assert bundle.read("encoder-int8.onnx") == b"smaller"
+    # What only the larger precision needs was verified and let go: it is read, and verified, again.
+    assert hashlib.sha256(bundle.read("encoder.onnx")).hexdigest() == bundle.manifest.files["encoder.onnx"].sha256
+    (two_precisions / "encoder.onnx").write_bytes(b"changed")
+    with pytest.raises(BundleError, match=r"encoder.onnx is shorter than"):
+        bundle.read("encoder.onnx")
+    with pytest.raises(BundleError, match=r"encoder.onnx is shorter than"):
+        Bundle.open(two_precisions)
+
+
+def test_precisions_have_the_same_tensors(two_precisions):
+    def change(data):
+        for tensor in data["precisions"]["int8"]["encoder"]["outputs"][:1]:
+            tensor["shape"] = ["n", 6, 7]
+
+    edit_manifest(two_precisions, change)
+    with pytest.raises(BundleError, match="features has another shape in the encoder graph than before"):
+        Bundle.open(two_precisions)
 
 
 @pytest.mark.parametrize("prefix", ["", "tiny/"])
@@ -145,12 +186,18 @@ def test_a_newer_format_is_refused_with_what_to_do(copy):
 
 
 REQUIRED = [
-    *("format_version", "name", "description", "license", "files", "graphs", "image", "grid", "recurrence"),
+    *("format_version", "name", "description", "license", "files", "precisions", "image", "grid", "recurrence"),
     *("special_ids", "decoding", "training", "scores", "versions"),
     *("image.size", "image.resize", "image.color", "grid.rows", "grid.columns", "grid.channels"),
     *("special_ids.pad", "special_ids.unk", "special_ids.start", "special_ids.end"),
     *("decoding.beam_size", "decoding.length_penalty", "decoding.max_words"),
-    *("graphs.extractor", "graphs.encoder", "graphs.decoder", "graphs.decoder.file", "graphs.encoder.inputs"),
+    *(
+        "precisions.fp32.extractor",
+        "precisions.fp32.encoder",
+        "precisions.fp32.decoder",
+        "precisions.fp32.decoder.file",
+        "precisions.fp32.encoder.inputs",
+    ),
     *("files.README.md.size", "files.README.md.sha256"),
 ]
 
@@ -185,8 +232,12 @@ def test_each_required_key_is_required_and_named(copy, path):
         ("decoding.length_penalty", "much", "decoding: length_penalty is not a number"),
         ("special_ids.end", 2, "the special ids of manifest.json and vocabulary.json differ"),
         ("files.extractor", {"sha256": "0" * 64, "size": 1}, "extractor is missing"),
-        ("graphs.decoder.file", "other.onnx", "files does not list other.onnx"),
-        ("graphs.decoder.inputs", [], "the decoder graph must go from token, state, features, keys to log_probs"),
+        ("precisions.fp32.decoder.file", "other.onnx", "files does not list other.onnx"),
+        (
+            "precisions.fp32.decoder.inputs",
+            [],
+            "the decoder graph must go from token, state, features, keys to log_probs",
+        ),
     ],
 )
 def test_wrong_values_are_named(copy, path, value, message):
@@ -219,7 +270,7 @@ def test_wrong_values_are_named(copy, path, value, message):
 )
 def test_tensors_must_fit_together(copy, tensor, field, value, message):
     graph, side, index = tensor
-    edit_manifest(copy, lambda data: data["graphs"][graph][side][index].__setitem__(field, value))
+    edit_manifest(copy, lambda data: data["precisions"]["fp32"][graph][side][index].__setitem__(field, value))
     with pytest.raises(BundleError) as caught:
         Bundle.open(copy)
     assert message in str(caught.value)
@@ -234,7 +285,7 @@ def test_a_name_that_could_leave_the_bundle_is_refused(copy, name):
     outside.write_bytes((copy / "decoder.onnx").read_bytes())
 
     def change(data):
-        data["graphs"]["decoder"]["file"] = name
+        data["precisions"]["fp32"]["decoder"]["file"] = name
         data["files"][name] = data["files"].pop("decoder.onnx")
 
     edit_manifest(copy, change)

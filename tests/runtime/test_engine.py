@@ -41,7 +41,7 @@ def bound(bundle, monkeypatch):
 
 
 def graph_bytes(bundle, name):
-    return (bundle.path / bundle.manifest.graphs[name].file).read_bytes()
+    return (bundle.path / bundle.manifest.precisions["fp32"][name].file).read_bytes()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -129,7 +129,7 @@ def test_a_failing_run_is_an_engine_error_and_prints_nothing(loaded, capfd):
 
 
 def test_a_graph_that_cannot_be_loaded(bundle, capfd):
-    spec = bundle.manifest.graphs["encoder"]
+    spec = bundle.manifest.precisions["fp32"]["encoder"]
     with pytest.raises(EngineError, match=r"cannot load encoder\.onnx: .*protobuf parsing failed") as caught:
         Graph(b"no graph at all", spec)
     assert type(caught.value.__cause__).__name__ == "InvalidProtobuf"
@@ -146,14 +146,14 @@ def test_a_graph_that_cannot_be_loaded(bundle, capfd):
     ],
 )
 def test_a_graph_that_is_not_what_its_manifest_says(bundle, changed, message):
-    spec = replace(bundle.manifest.graphs["encoder"], inputs=(changed,))
+    spec = replace(bundle.manifest.precisions["fp32"]["encoder"], inputs=(changed,))
     with pytest.raises(BundleError) as caught:
         Graph(graph_bytes(bundle, "encoder"), spec)
     assert message in str(caught.value)
 
 
 def test_a_graph_runs_without_a_bundle(bundle, loaded):
-    graph = Graph(graph_bytes(bundle, "encoder"), bundle.manifest.graphs["encoder"])
+    graph = Graph(graph_bytes(bundle, "encoder"), bundle.manifest.precisions["fp32"]["encoder"])
     grid = np.linspace(-1, 1, 60, dtype=np.float32).reshape(2, 6, 5)
     features, keys, state = graph.run(grid)
     np.testing.assert_array_equal(features, loaded.encode(grid).features)
