@@ -137,6 +137,11 @@ class Request:
                 f"the name {shown(self.output)} says {ending_of(self.output)}, and the format is to be "
                 f"{self.format_name}: choose one of them"
             )
+        from caption_rt.image import PHOTO_SUFFIXES  # with NumPy and Pillow, which wrong usage before does without
+
+        for name in filter(None, (given["output"], given["ledger"], given["errors"])):
+            if os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES:
+                raise click.UsageError(f"{shown(name)} is named like a photo: name another file to write to")
         written = [name for name in (given["output"], given["ledger"], given["errors"], given["plot"]) if name]
         for place, name in enumerate(written):
             if os.path.isfile(name) or not os.path.exists(name):  # /dev/null may be named twice

@@ -25,7 +25,6 @@ _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 # Longer than any system's longest path: what has no separator for so long is no list of paths.
 _LONGEST_PATH = 1 << 17
 _CHUNK = 1 << 16
-_FORGOTTEN = ("standard input has a zero byte between its names: say ", Parameter("null"))
 _PATIENCE_S = 0.1
 
 
@@ -312,11 +311,14 @@ def _is_list(head: bytes, null: bool) -> bool:
         raise OptionsError("the list on standard input is UTF-16 text: save it as UTF-8")
     if b"\0" in head[:_HEAD] and photo_kind(head) is None:
         first = head.partition(b"\0")[0]
-        if len(first) > 1 and min(first) >= ord(" "):
-            raise OptionsError(*_FORGOTTEN)
+        if first and min(first) >= ord(" ") and (len(first) > 1 or os.path.lexists(first)):
+            raise OptionsError("standard input has a zero byte between its names: say ", Parameter("null"))
     # Other documents have their kind named, once. A path may begin as programs and archives do.
     document = other_kind(head) in ("a PDF document", "an HTML page", "an SVG drawing", "an XML document", "JSON")
-    return not (document or head.startswith(_BINARY) or b"\0" in head[:_HEAD])
+    if document or head.startswith(_BINARY) or b"\0" in head[:_HEAD]:
+        return False
+    first = head.partition(b"\n")[0].removesuffix(b"\r")
+    return not any(byte < ord(" ") and byte != ord("\t") for byte in first) or os.path.lexists(first)
 
 
 def _piped(head: bytes, stdin: BinaryIO, max_bytes: int, stopped: Callable[[], bool]) -> Source:
@@ -363,7 +365,10 @@ def _names(head: bytes, stdin: BinaryIO, null: bool, stopped: Callable[[], bool]
 def _name(name: bytes, null: bool) -> Iterator[bytes]:
     if not null:
         if b"\0" in name:
-            raise OptionsError(*_FORGOTTEN)
+            raise OptionsError(
+                "a line of standard input has a zero byte in it, which no name has: say ",
+                *(Parameter("null"), " if it is a list in which each name ends in one"),
+            )
         name = name.removesuffix(b"\r")
     if name:
         yield name

@@ -220,6 +220,7 @@ def test_a_terminal_without_unicode(run, photos, tmp_path):
             "the folder of the ledger none/l does not exist: make it first",
         ),
         (["a.jpg", "-o", "a.csv", "--ledger", "."], "the ledger . is a folder: name a file with --ledger"),
+        (["a.jpg", "-o", "b.JPG", "--json"], "b.JPG is named like a photo: name another file to write to"),
         (["a.jpg", "--errors", "-"], "--errors writes a file: on standard error the errors are anyway"),
         (["a.jpg", "-o", "x.csv", "--errors", "./x.csv"], "./x.csv is named twice, and would be written over"),
         (["a.csv", "-o", "a.csv", "--existing", "overwrite"], "a.csv is named twice, and would be written over"),
@@ -303,12 +304,13 @@ def test_the_script_and_the_module_begin_where_ctrl_c_is_heard():
 
 
 def test_a_package_that_is_missing_is_one_sentence_and_exit_code_2(run, tmp_path, photos):
-    (tmp_path / "without").mkdir()
-    (tmp_path / "without" / "numpy.py").write_text("raise ModuleNotFoundError('none', name='numpy')")
-    path = os.pathsep.join([str(tmp_path / "without"), *filter(None, sys.path)])
-    done = run(photos[0], env={"PYTHONPATH": path})
-    assert (done.returncode, done.stdout) == (2, "")
-    assert complaints(done) == ["numpy is not installed: pip install 'caption-rt' brings it"]
+    for package in ("numpy", "click"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / f"{package}.py").write_text(f"raise ModuleNotFoundError('none', name={package!r})")
+        path = os.pathsep.join([str(tmp_path / package), *filter(None, sys.path)])
+        done = run(photos[0], env={"PYTHONPATH": path})
+        assert (done.returncode, done.stdout) == (2, "")
+        assert complaints(done) == [f"{package} is not installed: pip install 'caption-rt' brings it"]
 
 
 def test_a_bad_bundle_is_one_sentence_and_exit_code_3(run, photos, tiny_bundle, tmp_path):
