@@ -171,7 +171,7 @@ def test_the_public_names_are_exactly_these():
     ]
     for name in caption_rt.__all__:
         assert getattr(caption_rt, name) is not None
-        assert name in dir(caption_rt)
+    assert dir(caption_rt) == sorted(caption_rt.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Caption2'"):
         caption_rt.Caption2  # noqa: B018
 

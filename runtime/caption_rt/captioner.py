@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from caption_rt._arguments import described, whole_number
 from caption_rt.bundle import Bundle, default_bundle_path
 from caption_rt.caption import Caption, Timing, Word
 from caption_rt.captioning import caption_of, frozen, photo_seeds, special_tokens
+from caption_rt.devices import parse_device
 from caption_rt.engine import Engine
 from caption_rt.errors import BundleError, EngineError, ImageError, OptionsError, printable
 from caption_rt.guard import Guarded, decode_guarded, faults_of
@@ -22,12 +24,14 @@ from caption_rt.options import DecodeOptions
 from caption_rt.pipeline import ahead
 from caption_rt.search import Search
 from caption_rt.sessions import EngineStepper, shared_engine
-from caption_rt.threads import usable_cpus
+from caption_rt.threads import thread_count, usable_cpus
 
 if TYPE_CHECKING:
     from caption_rt.selftest import SelfTest
 
 __all__ = ["Captioner"]
+
+_LARGEST_BATCH = 65536
 
 _Read: TypeAlias = tuple[NDArray[np.uint8], float] | ImageError
 """A photo as the extractor takes it, and the seconds that this took; or why it cannot be read."""
@@ -51,9 +55,16 @@ class Captioner:
         limits: PhotoLimits | None = None,
     ) -> None:
         """Take an open bundle; the sessions are built when they are first needed. See `Captioner.load`."""
+        parse_device(device)
+        if not isinstance(bundle, Bundle):
+            raise OptionsError(f"a bundle is an open Bundle or, for Captioner.load, a path, not {described(bundle)}")
+        if limits is not None and not isinstance(limits, PhotoLimits):
+            raise OptionsError(
+                f"limits are a PhotoLimits, as in PhotoLimits(max_bytes=20_000_000), not {described(limits)}"
+            )
         self._bundle = bundle
         self._device = device
-        self._intra_op_threads = intra_op_threads
+        self._intra_op_threads = None if intra_op_threads is None else thread_count(intra_op_threads)
         self._limits = limits or PhotoLimits()
         self._engine: tuple[int, Engine] | None = None
         self._closed = False
@@ -85,18 +96,32 @@ class Captioner:
             limits: the largest photos that are read; None for the defaults of `PhotoLimits`.
 
         Raises:
-            OptionsError: an unknown device, or fewer than 1 thread.
+            OptionsError: an unknown device, fewer than 1 thread, or a value of another type.
             BundleError: the bundle is not there, damaged, or of another format.
             EngineError: ONNX Runtime cannot load it, or the device cannot be used.
         """
-        if not isinstance(bundle, Bundle):
-            bundle = Bundle.open(default_bundle_path() if bundle is None else bundle)
+        if bundle is None:
+            bundle = default_bundle_path()
+        if isinstance(bundle, str | os.PathLike):
+            bundle = Bundle.open(bundle)
         captioner = cls(bundle, device, intra_op_threads=intra_op_threads, limits=limits)
         captioner._use_engine()
         return captioner
 
+    def __repr__(self) -> str:
+        """The model, where it runs (or shall, until its sessions are there), and whether it is closed."""
+        held = self._engine
+        device = self._device if held is None else held[1].device
+        name, path = self._bundle.manifest.name, printable(self._bundle.path)
+        return f"<Captioner {name!r} from {path} on {device}{', closed' if self._closed else ''}>"
+
     def __enter__(self) -> "Captioner":
-        """The captioner itself."""
+        """The captioner itself.
+
+        Raises:
+            EngineError: it is closed.
+        """
+        self._check_open()
         return self
 
     def __exit__(
@@ -165,9 +190,11 @@ class Captioner:
             options: how to decode; None for `default_options`.
 
         Raises:
+            OptionsError: `options` are no `DecodeOptions`.
             ImageError: the photo cannot be read.
             EngineError: ONNX Runtime fails, or the captioner is closed.
         """
+        options = self._given(options)
         pixels, seconds = self._read(image)
         return self.caption_pixels([pixels], options, read_s=[seconds])[0]
 
@@ -189,10 +216,15 @@ class Captioner:
             The caption (``caption = yield from captioner.stream(photo)``, or the value of `StopIteration`).
 
         Raises:
-            ImageError: the photo cannot be read; at the first word, as the following.
+            OptionsError: `options` are no `DecodeOptions`. This is said at once; the photo is read when the first
+                word is asked for.
+            ImageError: the photo cannot be read.
             EngineError: ONNX Runtime fails, or the captioner is closed.
         """
-        options = options or self._options
+        # Apart, because a generator would report it only when its first word is asked for.
+        return self._stream(image, self._given(options))
+
+    def _stream(self, image: ImageSource, options: DecodeOptions) -> Generator[Word, None, Caption]:
         pixels, read_s = self._read(image)
         stepper = EngineStepper(self._use_engine(), [pixels])
         special = special_tokens(self._bundle.vocabulary, options)
@@ -251,23 +283,27 @@ class Captioner:
         Args:
             images: the photos; taken as they are needed, up to a batch ahead, so that there may be any number of them.
             options: how to decode; None for `default_options`.
-            batch_size: photos that go through the network together, at least 1.
+            batch_size: photos that go through the network together, 1 to 65536.
             on_error: at a photo that cannot be read, "raise" its `ImageError`, after the captions of the photos before
                 it; or "return" the error in the caption's place and go on.
 
         Raises:
-            OptionsError: an impossible `batch_size` or `on_error`, or one path or file in place of several.
+            OptionsError: an impossible argument, or one photo in place of several. This is said at once; photos are
+                read when the first caption is asked for.
             ImageError: a photo cannot be read, with `on_error="raise"`.
             EngineError: ONNX Runtime fails, or the captioner is closed.
         """
-        if batch_size < 1:
-            raise OptionsError(f"batch_size must be at least 1, not {batch_size}")
+        batch_size = whole_number("batch_size", batch_size, 1, _LARGEST_BATCH)
         if on_error not in ("raise", "return"):
             raise OptionsError(f'on_error is "raise" or "return", not {on_error!r}')
-        if isinstance(images, str | bytes):  # whose characters would be taken as photos
-            raise OptionsError("caption_many takes several photos: give a list, or use caption for one")
+        # The characters of a path, and the rows of an array, would be taken as photos.
+        one = isinstance(images, str | bytes) or (isinstance(images, np.ndarray) and images.ndim < 4)
+        if one or not isinstance(images, Iterable):
+            raise OptionsError(
+                f"caption_many takes several photos, not {described(images)}: give a list, or use caption for one"
+            )
         # Apart, because a generator would report a wrong argument only when its first caption is asked for.
-        return self._caption_many(images, options or self._options, batch_size, on_error == "raise")
+        return self._caption_many(images, self._given(options), batch_size, on_error == "raise")
 
     def caption_pixels(
         self,
@@ -284,11 +320,12 @@ class Captioner:
             read_s: how long the reading of each photo took, for its caption's `timing`.
 
         Raises:
+            OptionsError: `options` are no `DecodeOptions`.
             EngineError: ONNX Runtime fails, or the captioner is closed.
         """
-        if not pixels:
+        options = self._given(options)
+        if not len(pixels):
             return []
-        options = options or self._options
         stepper = EngineStepper(self._use_engine(), pixels)
         start = time.perf_counter()
         special = special_tokens(self._bundle.vocabulary, options)
@@ -311,10 +348,27 @@ class Captioner:
 
         return run_self_test(self._bundle, self.caption_pixels)
 
-    def _use_engine(self) -> Engine:
-        """The engine of this process, built if it is not there yet."""
+    def _given(self, options: DecodeOptions | None) -> DecodeOptions:
+        """The options of a call.
+
+        Raises:
+            OptionsError: they are something else.
+        """
+        if options is None:
+            return self._options
+        if not isinstance(options, DecodeOptions):
+            raise OptionsError(
+                f"options are a DecodeOptions, as in DecodeOptions(beam_size=3), not {described(options)}"
+            )
+        return options
+
+    def _check_open(self) -> None:
         if self._closed:
             raise EngineError("the captioner is closed: load another one")
+
+    def _use_engine(self) -> Engine:
+        """The engine of this process, built if it is not there yet."""
+        self._check_open()
         process = os.getpid()
         held = self._engine
         if held is None or held[0] != process:  # sessions do not outlive a fork

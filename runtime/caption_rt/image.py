@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
 from caption_rt._amounts import byte_counts, pixel_counts
+from caption_rt._arguments import whole_number
 from caption_rt._colour import to_srgb
 from caption_rt._containers import Parts, is_cut_short, orientation_of, scans, take_apart
 from caption_rt._sniff import other_kind, photo_kind
-from caption_rt.errors import ImageError, OptionsError, Parameter, printable, shown
+from caption_rt.errors import ImageError, Parameter, printable, shown
 
 __all__ = [
     "FORMATS",
@@ -94,8 +95,7 @@ class PhotoLimits:
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name, value, most in (("max_pixels", self.max_pixels, 2**32), ("max_bytes", self.max_bytes, 2**40)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise OptionsError(Parameter(name), f" must be a whole number from 1 to {most}, not {value!r}")
+            object.__setattr__(self, name, whole_number(name, value, 1, most))
 
 
 _LIMITS = PhotoLimits()

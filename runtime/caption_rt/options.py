@@ -3,8 +3,10 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, TypeAlias
 
+from caption_rt._arguments import whole_number
 from caption_rt.errors import OptionsError, Parameter, printable
 from caption_rt.vocabulary import normalize_caption
 
@@ -30,7 +32,10 @@ class DecodeOptions:
     """
 
     beam_size: int = 1
-    """Hypotheses kept a photo, 1 to 1000. 1 is greedy: the most likely word each time, until the end token."""
+    """Hypotheses kept a photo, 1 to 1000. 1 is greedy: the most likely word each time, until the end token. More than
+    ten or so rarely give better captions: every word makes a sentence less likely, so the wider a beam looks, the
+    shorter the sentences it finds (Stahlberg and Byrne 2019, https://arxiv.org/abs/1908.10090), down to "two women"
+    with 1000; a `length_penalty` or `min_words` is against that."""
     length_penalty: float = 0.0
     """The exponent alpha, at least 0, of the length penalty of Wu et al. 2016 (https://arxiv.org/abs/1609.08144),
     equation 14: hypotheses are ranked by log P / ((5 + length) / 6) ** alpha. 0 ranks by log P itself; more favours
@@ -103,20 +108,23 @@ class DecodeOptions:
         return "greedy" if self.beam_size == 1 else "beam"
 
     def _check_integer(self, name: str, least: int, most: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise OptionsError(Parameter(name), f" must be a whole number from {least} to {most}, not {value!r}")
+        object.__setattr__(self, name, whole_number(name, getattr(self, name), least, most))
 
     def _check_number(self, name: str, range_: str, fits: Callable[[float], bool]) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not fits(value):
+        # NumPy's numbers are among them.
+        if not isinstance(value, Real) or isinstance(value, bool) or not fits(float(value)):
             raise OptionsError(Parameter(name), f" must be a number {range_}, not {value!r}")
+        object.__setattr__(self, name, float(value))
 
 
 def _single_words(words: Iterable[str]) -> tuple[str, ...]:
     """The words as the vocabulary has them, each once, in alphabetical order: equal options are equal values."""
-    if isinstance(words, str):  # whose letters would be taken as words
-        raise OptionsError(Parameter("banned_words"), f" takes several words: give a list, not {printable(words)!r}")
+    # The letters of a string would be taken as words.
+    if isinstance(words, str) or not isinstance(words, Iterable):
+        raise OptionsError(
+            Parameter("banned_words"), f" takes several words: give a list, not {printable(repr(words)[:100])}"
+        )
     found = set()
     for word in words:
         normal = normalize_caption(word) if isinstance(word, str) else []

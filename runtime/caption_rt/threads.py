@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from caption_rt.errors import OptionsError
+from caption_rt._arguments import whole_number
 
 __all__ = [
     "affinity",
@@ -52,14 +52,12 @@ def thread_count(asked: int | None) -> int:
         asked: what the user wants; None for `default_threads`.
 
     Raises:
-        OptionsError: fewer than 1 thread, or more than 1024.
+        OptionsError: no whole number, fewer than 1 thread, or more than 1024.
     """
     if asked is None:
         return default_threads() if sys.platform == "linux" else 0
     # More than any machine's cores is a slip of the finger, and three sessions of so many threads bring it to a stop.
-    if not 1 <= asked <= _MOST_THREADS:
-        raise OptionsError(f"intra_op_threads must be from 1 to {_MOST_THREADS}, not {asked}")
-    return asked
+    return whole_number("intra_op_threads", asked, 1, _MOST_THREADS)
 
 
 def affinity() -> frozenset[int]:

@@ -1,11 +1,14 @@
 """What the runtime's tests share."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from caption_rt import Captioner
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +22,15 @@ def tiny() -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def captioner(tiny_bundle: Path) -> Captioner:
+    """A captioner of the tiny bundle."""
+    return Captioner.load(tiny_bundle, "cpu")
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle, to be changed."""
+    return shutil.copytree(tiny_bundle, tmp_path / "copy")

@@ -16,12 +16,6 @@ from caption_rt.vocabulary import Vocabulary
 FILES = ["README.md", "decoder.onnx", "encoder.onnx", "extractor.onnx", "selftest.json", "vocabulary.json"]
 
 
-@pytest.fixture
-def copy(tiny_bundle, tmp_path):
-    """A copy of the tiny bundle, to be spoilt."""
-    return shutil.copytree(tiny_bundle, tmp_path / "copy")
-
-
 def edit_manifest(folder, change):
     """Apply `change` to the manifest's object; it stays a manifest of these files."""
     path = folder / "manifest.json"

@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -36,11 +35,6 @@ def no_gpu(monkeypatch):
     engine.cuda_missing.cache_clear()
     yield
     engine.cuda_missing.cache_clear()
-
-
-@pytest.fixture
-def copy(tiny_bundle, tmp_path):
-    return shutil.copytree(tiny_bundle, tmp_path / "copy")
 
 
 def found(report):

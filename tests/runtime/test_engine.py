@@ -72,7 +72,7 @@ def test_provider_device_and_threads(bundle, loaded, monkeypatch):
     narrow = Engine(bundle, "cpu", intra_op_threads=2)
     np.testing.assert_array_equal(narrow.extract(images), loaded.extract(images))
     assert narrow.intra_op_threads == 2
-    with pytest.raises(OptionsError, match="intra_op_threads must be from 1 to 1024, not 0"):
+    with pytest.raises(OptionsError, match="intra_op_threads must be a whole number from 1 to 1024, not 0"):
         Engine(bundle, "cpu", intra_op_threads=0)
     monkeypatch.setattr(engine, "thread_count", lambda asked: asked or 3)
     monkeypatch.setattr(engine, "worker_processors", lambda asked: [] if asked else [(1,), (0, 2)])

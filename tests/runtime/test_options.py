@@ -1,5 +1,8 @@
 """DecodeOptions: what can be meant, and what cannot."""
 
+import json
+
+import numpy as np
 import pytest
 
 from caption_rt.errors import OptionsError
@@ -37,6 +40,10 @@ from caption_rt.options import DecodeOptions
         ({"banned_words": "cat"}, "banned_words takes several words: give a list, not 'cat'"),
         ({"banned_words": ["a cat"]}, "banned_words takes words, and 'a cat' is not one word"),
         ({"banned_words": [""]}, "'' is not one word"),
+        ({"banned_words": None}, "banned_words takes several words: give a list, not None"),
+        ({"beam_size": None}, "beam_size must be a whole number from 1 to 1000, not None"),
+        ({"beam_size": np.float64(3)}, "1000, not np.float64(3.0)"),
+        ({"length_penalty": None}, "length_penalty must be a number of at least 0, not None"),
         ({"banned_words": [7]}, "banned_words takes words, and 7 is not one word"),
     ],
 )
@@ -51,6 +58,14 @@ def test_the_strategy_follows_from_the_options():
     assert DecodeOptions().strategy == "greedy"
     assert DecodeOptions(beam_size=2).strategy == "beam"
     assert DecodeOptions(sample=True).strategy == "sample"
+
+
+def test_numbers_of_numpy_are_pythons_own():
+    given = DecodeOptions(beam_size=np.int64(3), length_penalty=np.float32(0.5), n_best=np.uint8(2), seed=np.int16(7))
+    assert given == DecodeOptions(beam_size=3, length_penalty=0.5, n_best=2, seed=7)
+    assert json.dumps(vars(given)) == json.dumps(vars(DecodeOptions(beam_size=3, length_penalty=0.5, n_best=2, seed=7)))
+    # As a number that is written without a point: the ledger of a folder takes both for the same options.
+    assert repr(DecodeOptions(length_penalty=1).length_penalty) == "1.0"
 
 
 def test_equal_options_are_equal_values():
