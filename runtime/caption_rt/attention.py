@@ -1,9 +1,11 @@
 """Attention plots: the photo once a word, with where the model looked. The only file that imports matplotlib."""
 
 import contextlib
+import logging
 import math
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,9 +36,14 @@ __all__ = [
 PLOT_FORMATS = ("png", "svg", "pdf")
 """What `save_plot` writes, by the ending of the file's name."""
 
-# Pixels on the long side of a photo in the plot: sharp on a screen, and a plot of 20 words stays below 2 MB.
+# Pixels on the long side of a photo in the plot: sharp on a screen.
 _PANEL_PIXELS = 400
 _PANEL_INCHES = 2.4
+_DPI = 150
+# Pixels of a PNG: with more words than about 20, each photo gets fewer of them, and the file stays below some 5 MB.
+_MOST_PIXELS = 4e6
+# A sheet so wide has a title of the usual size; on a wider one it is larger, as the sheet is looked at from further off.
+_USUAL_INCHES = 12
 _WINDOWS = ("macosx", "tkagg", "qtagg", "gtk4agg", "gtk3agg", "wxagg")
 _GLOW = np.array([0.22, 0.16, 0.04], np.float32)
 
@@ -70,7 +77,8 @@ def plot_attention(photo: Image.Image, caption: "Caption", figure: "Figure | Non
         columns * (small.width * scale + 0.15), rows * (small.height * scale + 0.4) + 0.4, forward=True
     )
     figure.set_layout_engine("constrained")
-    figure.suptitle(caption.text or "(no words)", fontsize="medium", parse_math=False, wrap=True)
+    larger = max(1.0, figure.get_figwidth() / _USUAL_INCHES)
+    figure.suptitle(caption.text or "(no words)", fontsize=10 * larger, parse_math=False, wrap=True)
     for index in range(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         if caption.words:
@@ -135,7 +143,8 @@ def save_plot(image: ImageSource, caption: "Caption", path: str | os.PathLike[st
     figure = plot_attention(open_photo(image, at_least=2 * _PANEL_PIXELS), caption)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        figure.savefig(temporary, format=target.suffix[1:].lower(), dpi=150)
+        dpi = min(_DPI, math.sqrt(_MOST_PIXELS / (figure.get_figwidth() * figure.get_figheight())))
+        figure.savefig(temporary, format=target.suffix[1:].lower(), dpi=dpi)
         os.replace(temporary, target)
     except OSError as exc:
         raise CaptionError(f"the plot {printable(target)} cannot be written: {printable(exc.strerror or exc)}") from exc
@@ -198,13 +207,30 @@ def check_plot_path(path: str | os.PathLike[str]) -> Path:
 
 def _figure_class() -> "type[Figure]":
     try:
-        from matplotlib.figure import Figure
+        with _without_warnings():
+            from matplotlib.figure import Figure
     except ImportError as exc:
         raise OptionsError("plots need matplotlib, which is missing: pip install 'caption-rt[plot]' brings it") from exc
     except ValueError as exc:  # what matplotlib says of the environment's MPLBACKEND
         backend = printable(repr(os.environ.get("MPLBACKEND")))
         raise OptionsError(f"matplotlib knows no backend MPLBACKEND={backend}: unset that variable") from exc
     return Figure
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Let matplotlib say nothing of what it comes across while it is loaded.
+
+    Where its folder cannot be written (MPLCONFIGDIR, or no home), it takes a temporary one, and says so in lines of
+    logging that reach standard error.
+    """
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _draw_word(axes: "Axes", photo: Image.Image, attention: NDArray[np.float32], title: str) -> None:

@@ -98,6 +98,15 @@ def test_a_word_lights_the_place_where_it_looked():
     assert brightest == [(0, 2), (1, 0)]
 
 
+def test_a_sheet_of_many_words_is_bounded_and_has_a_title_to_be_read(photos, tmp_path):
+    caption_of([f"word{i}" for i in range(60)]).plot(photos[1], tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as plot:
+        assert 3.9e6 < plot.width * plot.height < 4.1e6
+    few, many = (plot_attention(Image.new("RGB", (60, 40)), caption_of(["word"] * count)) for count in (6, 60))
+    assert few._suptitle.get_fontsize() == 10
+    assert many._suptitle.get_fontsize() > 15
+
+
 @pytest.mark.parametrize(("name", "beginning"), [("a.png", b"\x89PNG"), ("a.SVG", b"<?xml"), ("a.pdf", b"%PDF")])
 def test_the_ending_decides_the_format(tmp_path, photos, name, beginning):
     path = tmp_path / name
@@ -134,6 +143,22 @@ def test_the_photo_is_drawn_upright(tmp_path):
     with Image.open(tmp_path / "a.png") as plot:
         width, height = plot.size
     assert height > 2 * width
+
+
+def test_nothing_is_said_of_a_folder_that_matplotlib_cannot_write(tmp_path, tiny_bundle, photos):
+    """Without its own folder it takes a temporary one, and would say so on standard error."""
+    (tmp_path / "file").touch()
+    arguments = ["--device", "cpu", "--model", tiny_bundle, "--plot", tmp_path / "a.png", photos[2]]
+    done = subprocess.run(
+        [sys.executable, "-m", "caption_rt", *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "MPLCONFIGDIR": f"{tmp_path}/file/x"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert (done.stdout, done.stderr) == ("in dog cat ball cat\n", "")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 def test_pyplots_state_is_not_touched(photos, tmp_path):
