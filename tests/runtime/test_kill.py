@@ -174,7 +174,7 @@ def wait_for(condition, process):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_in_order(tmp_path, number):
-    expected = unbroken(tmp_path, 200, "jsonl", batch_size=2)["out.jsonl"]
+    expected = unbroken(tmp_path, 100, "jsonl", batch_size=2)["out.jsonl"]
     out = tmp_path / "out.jsonl"
     process = started(*arguments(tmp_path, "jsonl", batch_size=2))
     wait_for(lambda: out.exists() and out.stat().st_size > 2000, process)

@@ -33,6 +33,7 @@ def test_what_is_named_like_a_photo_and_is_none_is_called_by_its_name(begins, wh
     with pytest.raises(ImageError) as caught:
         open_photo(begins, name="holiday.JPG")
     assert str(caught.value).startswith(f"holiday.JPG is named like a photo and holds {what}")
-    assert str(caught.value).endswith(f": {', '.join(FORMATS)} are read")
+    assert f": {', '.join(FORMATS)}" in str(caught.value)
+    assert str(caught.value).endswith(" are read")
     with pytest.raises(ImageError, match="the image data is no photo and holds "):
         open_photo(begins)
