@@ -9,6 +9,7 @@ from pathlib import Path
 NEED_TENSORFLOW = [
     "test_cli.py",
     "test_distill.py",
+    "test_distributed.py",
     "test_finetune.py",
     "test_extraction.py",
     "test_importing.py",

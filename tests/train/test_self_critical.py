@@ -1,5 +1,4 @@
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +7,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from caption_rt.errors import OptionsError
 from caption_rt.options import DecodeOptions
 from caption_rt.search import SpecialTokens, decode
 from caption_rt.vocabulary import Vocabulary
 from caption_train.batches import Batch, make_batch
 from caption_train.datasets import CaptionedImage
 from caption_train.model import CaptionModel, ModelConfig, TensorFlowStepper
-from caption_train.self_critical import Rules, SelfCritical, check_samples, reward_of, roll_out
+from caption_train.self_critical import Rules, SelfCritical, reward_of, roll_out
 
 pytestmark = pytest.mark.tf
 
@@ -198,17 +196,3 @@ def test_words_that_the_model_does_not_know_match_themselves_alone() -> None:
     )
     assert len({zebra, end, cow} | set(range(len(vocabulary)))) == len(vocabulary) + 3
     assert [captions[0][-1] for captions in reward._references] == [vocabulary.end_id] * 2
-
-
-@pytest.mark.parametrize(
-    ("samples", "baseline", "sentence"),
-    [
-        (0, "greedy", "samples must be at least 1 with the baseline 'greedy'"),
-        (1, "samples", "samples must be at least 2 with the baseline 'samples'"),
-        (5, "mean", "baseline must be 'greedy' or 'samples', not 'mean'"),
-    ],
-)
-def test_options(samples: int, baseline: str, sentence: str) -> None:
-    with pytest.raises(OptionsError, match=sentence):
-        check_samples(samples, baseline)
-    assert [check_samples(*pair) for pair in product([2, 5], ["greedy", "samples"])] == [None] * 4

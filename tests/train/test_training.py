@@ -292,7 +292,7 @@ def test_a_loss_that_is_no_number_and_no_memory_are_one_sentence(
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor\nwith a long story")
 
     trainer = tiny_trainer(data, tmp_path)
-    monkeypatch.setattr(trainer, "_train_step", lambda *arguments: (math.nan, 1.0, 4.0))
+    monkeypatch.setattr(trainer, "_train_step", lambda *arguments: (math.nan, 1.0, 4.0, 4.0))
     with pytest.raises(TrainingError, match="the loss is nan at step 0: lower the learning rate in a new run folder"):
         trainer.run()
     monkeypatch.setattr(trainer, "_train_step", fail)

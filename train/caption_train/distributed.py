@@ -23,6 +23,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from caption_rt.errors import OptionsError
+from caption_train.checkpoints import tensorflow_errors
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,9 @@ class Distribution:
 
         Args:
             values: The chief's are what all get; those of others only have to be as many.
+
+        Raises:
+            TrainingError: A worker has ended.
         """
         if self.workers == 1:
             return list(values)
@@ -135,7 +139,8 @@ class Distribution:
 
     def _sum(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Over all processes."""
-        return np.asarray(self._total(tf.constant(values)))
+        with tensorflow_errors("waiting for the other workers"):
+            return np.asarray(self._total(tf.constant(values)))
 
 
 def distribution() -> Distribution:

@@ -36,6 +36,7 @@ from caption_train.checkpoints import read_checkpoint
 from caption_train.datasets import CaptionedImage, Dataset
 from caption_train.errors import DatasetError, TrainingError
 from caption_train.files import read_json, write_json
+from caption_train.finetune import upper_part
 from caption_train.inception import ExtractorConfig, extract_with, load_extractor, weights_key
 from caption_train.model import CaptionModel, TensorFlowStepper, model_config
 from caption_train.scores import score_captions
@@ -146,7 +147,10 @@ def open_run(folder: Path, which: str = BEST) -> Run:
     rows, columns, channels = extractor.output_shape[1:]
     model = CaptionModel(model_config(settings, rows * columns, channels, len(vocabulary)))
     step = tf.Variable(0, dtype=tf.int64, trainable=False)
-    read_checkpoint(path, {"encoder": model.encoder, "decoder": model.decoder, "step": step})
+    parts = {"encoder": model.encoder, "decoder": model.decoder, "step": step}
+    if (block := settings.extractor.learns_from) is not None:
+        parts["extractor"] = upper_part(extractor, block)
+    read_checkpoint(path, parts)
     sections = {name: values for name, values in settings.as_dict().items() if name not in record}
     facts = {**record, **sections, "checkpoint": {"which": which, "step": int(step)}}
     scores = read_json(folder / _SCORES) if (folder / _SCORES).exists() else {}

@@ -17,22 +17,21 @@ words that no search may choose (padding, start, unknown) have no probability: w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from caption_rt.errors import OptionsError
 from caption_rt.vocabulary import SPECIALS, Vocabulary, normalize_caption
 from caption_train.batches import Batch, make_batch
 from caption_train.cider import CiderD
 from caption_train.datasets import CaptionedImage
 from caption_train.model import CaptionModel
 from caption_train.objectives import Loss
+from caption_train.settings import Baseline
 from caption_train.sources import FeatureSource
 
-Baseline = Literal["greedy", "samples"]
 _FORBIDDEN = -1e9  # instead of minus infinity, which times a weight of 0 is no number
 
 
@@ -153,14 +152,10 @@ class SelfCritical:
             source: Where grids come from.
             reward: Scores captions of the training photos.
             rules: What captions may be.
-            samples: Captions drawn of each photo.
+            samples: Captions drawn of each photo, at least 2 where the others are the baseline.
             baseline: ``greedy`` (Rennie et al.) or ``samples``, the mean of the photo's others (Luo).
             seed: Of the run.
-
-        Raises:
-            OptionsError: No sample, one where others are the baseline, or an unknown baseline.
         """
-        check_samples(samples, baseline)
         self._reward, self._rules, self._seed = reward, rules, seed
         self._samples, self._greedy = samples, baseline == "greedy"
 
@@ -224,16 +219,3 @@ class SelfCritical:
         spoken = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=taught.targets, logits=allowed)
         total = tf.reduce_sum(spoken * tf.gather(batch.weights, taught.captions))
         return Loss(total, tf.reduce_sum(each), words)
-
-
-def check_samples(samples: int, baseline: str) -> None:
-    """See that captions can be drawn so.
-
-    Raises:
-        OptionsError: No sample, one where others are the baseline, or an unknown baseline.
-    """
-    if baseline not in get_args(Baseline):
-        raise OptionsError(f"self_critical: baseline must be 'greedy' or 'samples', not {baseline!r}")
-    least = 1 if baseline == "greedy" else 2
-    if samples < least:
-        raise OptionsError(f"self_critical: samples must be at least {least} with the baseline {baseline!r}")

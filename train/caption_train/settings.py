@@ -30,7 +30,8 @@ InitialState = Literal["mean", "zeros"]
 Grouping = Literal["photos", "lengths", "random"]
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["auto", "bfloat16", "float32"]
-Objective = Literal["cross_entropy"]
+Objective = Literal["cross_entropy", "self_critical"]
+Baseline = Literal["greedy", "samples"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,21 @@ class ExtractorSettings(_Section):
     width: float
     size: int
     layer: str
+    trainable_from: str
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        """Check the values that say how it learns.
+
+        Raises:
+            OptionsError: One is out of its range.
+        """
+        self._within("learning_rate", "be a positive number", fits=0 < self.learning_rate < math.inf)
+
+    @property
+    def learns_from(self) -> str | None:
+        """The first block that learns; None where none does."""
+        return None if self.trainable_from == "none" else self.trainable_from
 
 
 @dataclass(frozen=True)
@@ -116,6 +132,8 @@ class TrainingSettings(_Section):
     """What is learnt and how; see ``configs/default.toml``."""
 
     objective: Objective
+    samples: int
+    baseline: Baseline
     epochs: int
     batch_size: int
     grouping: Grouping
@@ -138,6 +156,8 @@ class TrainingSettings(_Section):
         """
         super().__post_init__()
         self._at_least(1, "epochs", "batch_size", "checkpoint_steps")
+        # Of one sample alone there are no others.
+        self._at_least(2 if self.baseline == "samples" else 1, "samples")
         self._at_least(0, "patience", "seed")
         self._within("learning_rate", "be a positive number", fits=0 < self.learning_rate < math.inf)
         for name in ("clip_norm", "attention_penalty"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +35,9 @@ class FeatureSource(Protocol):
     @property
     def parts(self) -> Mapping[str, Any]:
         """What a checkpoint holds besides the captioner: names to models and variables. None where nothing changes."""
+
+    def save(self, folder: Path) -> None:
+        """Write an extractor that learns into a run folder; called when the model is the best so far."""
 
     def load(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """What is kept of photos, float16 [n, *loaded_shape].
@@ -70,6 +74,9 @@ class CachedGrids:
     def loaded_shape(self) -> tuple[int, ...]:
         """That of the grid."""
         return self._cache.grid_shape
+
+    def save(self, folder: Path) -> None:
+        """Nothing: the extractor is as it was."""
 
     def load(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """Read grids, float16 [n, P, C]; see `FeatureSource`."""

@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from numpy.typing import NDArray
 
 from caption_rt.errors import OptionsError
 from caption_rt.vocabulary import Vocabulary
 from caption_train.batches import CaptionData, caption_data
 from caption_train.checkpoints import Checkpoints
-from caption_train.datasets import Dataset
+from caption_train.datasets import CaptionedImage, Dataset
+from caption_train.distributed import Distribution
 from caption_train.errors import TrainingError
 from caption_train.files import read_json, refuse_other_options, write_json, write_text
+from caption_train.finetune import FineTunedBlocks, check_cut, lower_part
 from caption_train.inception import (
     DISTILLATION,
     ExtractorConfig,
@@ -28,6 +32,8 @@ from caption_train.inception import (
     weights_key,
 )
 from caption_train.logs import HISTORY
+from caption_train.model import CaptionModel
+from caption_train.precision import dtype_of_products
 from caption_train.runs import (
     RUN,
     SETTINGS,
@@ -39,6 +45,7 @@ from caption_train.runs import (
     open_run,
     run_settings,
 )
+from caption_train.self_critical import Rules, SelfCritical, reward_of
 from caption_train.settings import CONFIGS, KEYS, Settings, asked_for, load_settings, render
 from caption_train.sources import CachedGrids, FeatureSource
 from caption_train.training import BEST, LAST, START, Trainer
@@ -110,6 +117,7 @@ def start_run(
     else:
         begun = open_run(start_from)
         settings = _settings_from(begun, config, changes)
+        _check_learns(settings, begun.extractor_config)
         record = {**data, "extractor": begun.facts["extractor"], "start_from": _start_facts(begun)}
         _write_start(folder, begun)
     write_text(folder / SETTINGS, render(settings, config or "default"))
@@ -159,17 +167,25 @@ def make_extractor(
     weights, source = chosen.weights, Path(chosen.weights)
     if weights in ("imagenet", "none") or not source.is_dir():
         config = ExtractorConfig(chosen.width, chosen.size, chosen.layer)
+        _check_learns(settings, config)
         keras.utils.set_random_seed(settings.training.seed)
         extractor = build_extractor(config)
-        load_extractor_weights(extractor, weights)
+        load_extractor_weights(extractor, weights, learnt_from=chosen.learns_from)
         return extractor, config, {}
     extractor, config = load_extractor(source)
     for name in _GRID_SETTINGS:
         asked = explicit.get(f"extractor.{name}", getattr(config, name))
         if asked != getattr(config, name):
             raise OptionsError(f"the extractor in {source} has {name} {getattr(config, name)}, not {asked}")
+    _check_learns(settings, config)
     origin = read_json(source / DISTILLATION) if (source / DISTILLATION).exists() else {}
     return extractor, config, origin
+
+
+def _check_learns(settings: Settings, config: ExtractorConfig) -> None:
+    """See that what is to learn of an extractor is a part of it."""
+    if (block := settings.extractor.learns_from) is not None:
+        check_cut(config.layer, block)
 
 
 def _settings_from(begun: Run, config: str | None, changes: Sequence[str]) -> Settings:
@@ -212,28 +228,75 @@ def build_vocabulary(folder: Path, dataset: Dataset, settings: Settings) -> Voca
     return vocabulary
 
 
-def prepare(folder: Path, dataset: Dataset, cache_folder: Path) -> Prepared:
+def prepare(folder: Path, dataset: Dataset, cache_folder: Path, workers: Distribution | None = None) -> Prepared:
     """The stages before training: grids and vocabulary.
+
+    Args:
+        folder: Of the run.
+        dataset: The data.
+        cache_folder: Where grids are kept.
+        workers: The processes that train together; the chief computes, the others find what it has made.
 
     Raises:
         DatasetError: No photo can be read.
         TrainingError: The folder holds no run, or the cache cannot be written.
     """
+    workers = workers or Distribution()
     settings = run_settings(folder)
-    extractor, extractor_config = load_extractor(folder)
-    cache = open_cache(cache_folder, extractor, extractor_config)
-    rows = grids_of(cache, extractor, extractor_config, [*dataset.train, *dataset.validation])
-    vocabulary = build_vocabulary(folder, dataset, settings)
+    images = [*dataset.train, *dataset.validation]
+    with workers.chief_first():
+        with workers.scope():
+            extractor, config = load_extractor(folder)
+        source, rows = _source_of(settings, extractor, config, cache_folder, images, fill=workers.is_chief)
+        vocabulary = build_vocabulary(folder, dataset, settings)
     max_words = settings.captions.max_words
     train, validation = np.split(rows, [len(dataset.train)])
     return Prepared(
         caption_data(dataset.train, train, vocabulary, max_words),
         caption_data(dataset.validation, validation, vocabulary, max_words),
         vocabulary,
-        CachedGrids(cache),
+        source,
     )
 
 
-def trainer_of(folder: Path, dataset: Dataset, cache_folder: Path) -> Trainer:
-    """Grids, vocabulary, and the trainer at the last checkpoint."""
-    return Trainer(run_settings(folder), *prepare(folder, dataset, cache_folder), folder)
+def _source_of(
+    settings: Settings,
+    extractor: keras.Model,
+    config: ExtractorConfig,
+    cache_folder: Path,
+    images: Sequence[CaptionedImage],
+    *,
+    fill: bool,
+) -> tuple[FeatureSource, NDArray[np.int64]]:
+    """Where the photos' grids come from, and their rows; what the cache lacks is computed if it may be filled."""
+    cached, cached_config = extractor, config
+    if (block := settings.extractor.learns_from) is not None:
+        cached, cached_config = lower_part(extractor, config, block)
+    cache = open_cache(cache_folder, cached, cached_config)
+    rows = grids_of(cache, cached, cached_config, images) if fill else cache.rows([image.path for image in images])
+    if block is None:
+        return CachedGrids(cache), rows
+    dtype = dtype_of_products(settings.training.precision)
+    return FineTunedBlocks(cache, extractor, config, block, dtype), rows
+
+
+def trainer_of(folder: Path, dataset: Dataset, cache_folder: Path, workers: Distribution | None = None) -> Trainer:
+    """Grids, vocabulary, and the trainer at the last checkpoint; see `prepare`."""
+    settings, prepared = run_settings(folder), prepare(folder, dataset, cache_folder, workers)
+    objectives = {"cross_entropy": None, "self_critical": partial(_self_critical, settings, prepared)}
+    make_objective = objectives[settings.training.objective]
+    return Trainer(settings, *prepared, folder, make_objective=make_objective, workers=workers)
+
+
+def _self_critical(settings: Settings, prepared: Prepared, model: CaptionModel) -> SelfCritical:
+    """The objective of self-critical training; its reward knows the training photos alone."""
+    chosen = settings.training
+    return SelfCritical(
+        model,
+        prepared.source,
+        reward_of(prepared.train.images, prepared.vocabulary),
+        Rules.of(prepared.vocabulary, settings.captions.max_words),
+        samples=chosen.samples,
+        baseline=chosen.baseline,
+        seed=chosen.seed,
+    )

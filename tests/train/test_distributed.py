@@ -1,0 +1,203 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from caption_rt.errors import OptionsError
+from caption_train.distributed import Distribution, distribution
+from caption_train.files import read_json_lines
+
+pytestmark = pytest.mark.tf
+
+# Ten photos of two captions, three photos a batch: one replica of two has nothing of the last batch of an epoch.
+CHANGES = ("model.dropout=0", "training.batch_size=6", "training.epochs=2", "training.learning_rate=0.005")
+
+# The data and the run are made in a folder that all processes see.
+CHILD = """
+    import os, signal, sys
+    from pathlib import Path
+    sys.path[:0] = sys.argv[1].split(os.pathsep)
+    import tensorflow as tf
+    from caption_train.distributed import Distribution, distribution
+    from caption_train.training import Trainer
+    from tiny_training import tiny_data, tiny_settings
+
+    kind, folder, dies_at, changes = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]
+    if kind == "devices":
+        cpus = [tf.config.LogicalDeviceConfiguration()] * 2
+        tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], cpus)
+        workers = Distribution(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+        assert (workers.replicas, workers.workers, workers.local) == (2, 1, 2)
+    else:
+        workers = distribution()
+        assert (workers.replicas, workers.workers, workers.local) == (2, 2, 1)
+    with workers.chief_first():
+        made = tiny_data(folder / "data")
+    if not workers.is_chief:
+        loaded = []
+        load = made.source.load
+        made.source.load = lambda rows: (loaded.append(len(rows)), load(rows))[1]
+    trainer = Trainer(tiny_settings(*changes), *made, folder / "run", workers=workers)
+
+    def on_step(step, loss):
+        if step == dies_at and workers.worker == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.run(on_step)
+    with workers.chief_first():
+        pass
+    if not workers.is_chief:
+        print("photos read:", sum(loaded))
+        trainer.model.save_weights(folder / "worker.weights.h5")
+"""
+
+
+def start(kind: str, folder: Path, *, dies_at: int = 0, config: Any = None) -> subprocess.Popen[str]:
+    here = Path(__file__).resolve().parent
+    paths = os.pathsep.join(map(str, (here, here.parent, *sys.path)))
+    environment = {key: value for key, value in os.environ.items() if key != "TF_CONFIG"}
+    if config is not None:
+        environment["TF_CONFIG"] = json.dumps(config)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(CHILD), paths, kind, str(folder), str(dies_at), *CHANGES],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def start_pair(folder: Path, dies_at: int = 0) -> list[subprocess.Popen[str]]:
+    sockets = [socket.create_server(("localhost", 0)) for _ in range(2)]
+    addresses = [f"localhost:{s.getsockname()[1]}" for s in sockets]
+    for open_socket in sockets:
+        open_socket.close()
+    return [
+        start(
+            "workers",
+            folder,
+            dies_at=dies_at,
+            config={"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}},
+        )
+        for index in range(2)
+    ]
+
+
+def ended(*processes: subprocess.Popen[str]) -> list[str]:
+    """What they said; all ended well."""
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_json_lines(folder / "run" / "steps.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one device, in a folder with its data."""
+    from caption_train.training import Trainer
+    from tiny_training import tiny_data, tiny_settings
+
+    folder = tmp_path_factory.mktemp("alone")
+    trainer = Trainer(tiny_settings(*CHANGES), *tiny_data(folder / "data"), folder / "run")
+    trainer.run()
+    trainer.model.save_weights(folder / "worker.weights.h5")
+    return folder
+
+
+def assert_same_run(folder: Path, alone: Path) -> None:
+    """The losses of every step and what every epoch found, but for the order in which numbers are added up."""
+    mine, theirs = losses(folder), losses(alone)
+    assert len(mine) == len(theirs) == 8
+    assert theirs[-1] < theirs[0]
+    np.testing.assert_allclose(mine, theirs, rtol=1e-4)
+    for one, other in zip(
+        *(read_json_lines(where / "run" / "history.jsonl") for where in (folder, alone)), strict=True
+    ):
+        assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-4)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_two_devices_of_one_process(alone: Path, tmp_path: Path) -> None:
+    ended(start("devices", tmp_path))
+    assert_same_run(tmp_path, alone)
+
+
+def test_two_processes(alone: Path, tmp_path: Path) -> None:
+    _, second = ended(*start_pair(tmp_path))
+    assert_same_run(tmp_path, alone)
+    # In each of two epochs ten photos in batches of three, three, three and one. The second process has one of three,
+    # and of the last batch, which has one photo, it computes something that does not count.
+    assert "photos read: 8\n" in second
+    # One has written, the other nothing; and what one has written is what a single process writes.
+    written = [sorted(path.name for path in (folder / "run").iterdir()) for folder in (tmp_path, alone)]
+    assert written[0] == written[1]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed(alone: Path, tmp_path: Path) -> None:
+    """The other one ends with a sentence; both called again go on, and the losses are those of one alone."""
+    pair = start_pair(tmp_path, dies_at=6)
+    outputs = [process.communicate(timeout=120)[0] for process in pair]
+    assert pair[1].returncode == -signal.SIGKILL
+    assert pair[0].returncode == 1, outputs[0]
+    assert "caption_train.errors.TrainingError: step 6: " in outputs[0]
+    assert len(losses(tmp_path)) == 6
+    _, second = ended(*start_pair(tmp_path))
+    assert_same_run(tmp_path, alone)
+    assert "photos read: 2\n" in second  # steps 7 and 8
+
+
+def test_photos_are_dealt_with_all_of_their_captions() -> None:
+    (whole,) = Distribution().shares(np.array([4, 4, 0, 7, 0]))
+    assert whole.tolist() == [0, 1, 2, 3, 4]
+    pair = Distribution()
+    pair.replicas = pair.local = 2
+    first, second = pair.shares(np.array([4, 4, 0, 7, 0, 4]))
+    assert (first.tolist(), second.tolist()) == ([0, 1, 3, 5], [2, 4])
+    pair.worker, pair.workers, pair.local = 1, 2, 1
+    assert [share.tolist() for share in pair.shares(np.array([4, 4, 0, 7, 0, 4]))] == [[2, 4]]
+    assert [share.tolist() for share in pair.shares(np.array([4, 4]))] == [[]]
+
+
+def test_one_worker_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["localhost:1"]}, "task": {"type": "worker", "index": 0}}')
+    workers = distribution()
+    assert (workers.replicas, workers.is_chief) == (1, True)
+    assert workers.from_chief([0.5]) == [0.5]
+    assert workers.agree(3)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("worker 0", "TF_CONFIG is not as TensorFlow describes it"),
+        ('{"cluster": {"worker": ["a:1", "b:1"]}}', "TF_CONFIG is not as TensorFlow describes it .*'task'"),
+        (
+            '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}',
+            "TF_CONFIG is not as TensorFlow describes it .*index out of range",
+        ),
+        (
+            '{"cluster": {"worker": ["a:1"], "ps": ["b:1"]}, "task": {"type": "worker", "index": 0}}',
+            "TF_CONFIG: it has tasks of the type 'ps'; there are workers and at most one chief",
+        ),
+        (
+            '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": -1}}',
+            "TF_CONFIG: the task is worker -1",
+        ),
+    ],
+)
+def test_a_tf_config_that_cannot_be(monkeypatch: pytest.MonkeyPatch, text: str, sentence: str) -> None:
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(OptionsError, match=sentence):
+        distribution()
