@@ -42,7 +42,7 @@ _PANEL_INCHES = 2.4
 _DPI = 150
 # Pixels of a PNG: with more words than about 20, each photo gets fewer of them, and the file stays below some 5 MB.
 _MOST_PIXELS = 4e6
-# A sheet so wide has a title of the usual size; on a wider one it is larger, as the sheet is looked at from further off.
+# A sheet so wide has a title of the usual size; on a wider one it grows with it, to be as large beside the sheet.
 _USUAL_INCHES = 12
 _WINDOWS = ("macosx", "tkagg", "qtagg", "gtk4agg", "gtk3agg", "wxagg")
 _GLOW = np.array([0.22, 0.16, 0.04], np.float32)
