@@ -16,6 +16,7 @@ NEED_TENSORFLOW = [
     "test_inception.py",
     "test_model.py",
     "test_runs.py",
+    "test_second_stages.py",
     "test_self_critical.py",
     "test_training.py",
 ]
