@@ -26,10 +26,15 @@ class Zipped:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
         except zipfile.BadZipFile as exc:
-            raise BundleError(f"{printable(path)} is not a bundle: neither a folder nor a whole zip file") from exc
+            raise BundleError(
+                f"{printable(path)} is not a bundle, neither a folder nor a whole zip file: name what "
+                "caption-export wrote"
+            ) from exc
         found = [name for name in names if name == MANIFEST_FILE or name.split("/")[1:] == [MANIFEST_FILE]]
         if len(found) != 1:
-            raise BundleError(f"{printable(path)} holds {len(found)} files {MANIFEST_FILE}; a bundle has one")
+            raise BundleError(
+                f"{printable(path)} holds {len(found)} files {MANIFEST_FILE}: name the zip file of one bundle"
+            )
         self._prefix = found[0].removesuffix(MANIFEST_FILE)
 
     def read(self, name: str, limit: int) -> bytes:

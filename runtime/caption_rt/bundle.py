@@ -27,6 +27,7 @@ from caption_rt.manifest import (
     GridSpec,
     ImageSpec,
     Manifest,
+    OtherFormat,
     TensorSpec,
 )
 from caption_rt.vocabulary import Vocabulary
@@ -89,8 +90,10 @@ class Bundle:
             self._contents = self._verified_contents()
             self._vocabulary = Vocabulary.from_json(parse_json(self._contents[VOCABULARY_FILE], VOCABULARY_FILE))
             self._check_vocabulary()
-        except BundleError as exc:
+        except OtherFormat as exc:
             raise self._located(exc) from exc
+        except BundleError as exc:
+            raise self.spoilt(exc) from exc
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Bundle":
@@ -108,14 +111,19 @@ class Bundle:
             if where.is_dir():
                 return cls(where, _Folder(where))
             if not where.exists():
-                raise BundleError(f"the bundle {printable(where)} does not exist")
+                raise BundleError(f"the bundle {printable(where)} does not exist: check the path")
             if not where.is_file():
-                raise BundleError(f"{printable(where)} is not a bundle: neither a folder nor a whole zip file")
+                raise BundleError(
+                    f"{printable(where)} is not a bundle, neither a folder nor a whole zip file: name what "
+                    "caption-export wrote"
+                )
             from caption_rt._zipped import Zipped  # most bundles are folders
 
             return cls(where, Zipped(where))
         except (OSError, ValueError) as exc:
-            raise BundleError(f"the bundle {printable(where)} cannot be read: {printable(exc)}") from exc
+            raise BundleError(
+                f"the bundle {printable(where)} cannot be read ({printable(exc)}): check its path and permissions"
+            ) from exc
 
     @property
     def path(self) -> Path:
@@ -155,7 +163,7 @@ class Bundle:
         try:
             return self._verified(name)
         except BundleError as exc:
-            raise self._located(exc) from exc
+            raise self.spoilt(exc) from exc
 
     def selftest(self) -> dict[str, Any]:
         """The object of ``selftest.json``: inputs, and the results the training side got for them.
@@ -165,8 +173,16 @@ class Bundle:
         """
         data = parse_json(self.read(SELFTEST_FILE), SELFTEST_FILE)
         if not isinstance(data, dict):
-            raise self._located(BundleError(f"{SELFTEST_FILE} is not a JSON object"))
+            raise self.spoilt(BundleError(f"{SELFTEST_FILE} is not a JSON object"))
         return data
+
+    def spoilt(self, error: BundleError) -> BundleError:
+        """The error that says what is wrong with which bundle, and what to do about it.
+
+        Args:
+            error: what is wrong with one of its files.
+        """
+        return self._located(error, "; copy it again from its source, or export the model again")
 
     def _read_manifest(self) -> Manifest:
         data = self._read_file(MANIFEST_FILE, _MAX_MANIFEST_SIZE)
@@ -215,9 +231,8 @@ class Bundle:
         if self._vocabulary.special_ids != self._manifest.special_ids:
             raise BundleError("the special ids of manifest.json and vocabulary.json differ")
 
-    def _located(self, error: BundleError) -> BundleError:
-        """The error with the bundle's path in front."""
-        return BundleError(f"the bundle {printable(self._path)}: {error}")
+    def _located(self, error: BundleError, end: str = "") -> BundleError:
+        return BundleError(f"the bundle {printable(self._path)}: {error}{end}")
 
 
 def write_bundle(

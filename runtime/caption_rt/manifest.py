@@ -24,6 +24,7 @@ __all__ = [
     "GridSpec",
     "ImageSpec",
     "Manifest",
+    "OtherFormat",
     "TensorSpec",
     "check_file_name",
 ]
@@ -51,6 +52,10 @@ MAX_FILE_SIZE = 2**31
 _DTYPES = ("uint8", "float32", "int64")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class OtherFormat(BundleError):
+    """A bundle that is whole, but of another format."""
 
 
 @dataclass(frozen=True)
@@ -227,8 +232,11 @@ class Manifest:
         fields = Fields(data, MANIFEST_FILE)
         version = fields.integer("format_version")
         if version != FORMAT_VERSION:
-            what = "a newer caption-rt is needed" if version > FORMAT_VERSION else "export the model again"
-            raise BundleError(
+            newer = version > FORMAT_VERSION
+            what = (
+                "pip install -U caption-rt brings a newer one, which is needed" if newer else "export the model again"
+            )
+            raise OtherFormat(
                 f"manifest.json: the bundle has format {version} and this caption-rt reads {FORMAT_VERSION}: {what}"
             )
         image, grid = fields.inner("image"), fields.inner("grid")

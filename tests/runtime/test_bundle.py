@@ -170,9 +170,21 @@ def test_a_file_of_another_length_is_found_without_reading_on(copy):
         Bundle.open(copy)
 
 
+def test_what_is_wrong_comes_with_what_to_do(copy):
+    again = "; copy it again from its source, or export the model again"
+    (copy / "decoder.onnx").unlink()
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(copy)
+    assert str(caught.value) == f"the bundle {copy}: decoder.onnx is missing{again}"
+    (copy / "manifest.json").write_text("{}")
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(copy)
+    assert str(caught.value) == f"the bundle {copy}: manifest.json: the key format_version is missing{again}"
+
+
 def test_a_newer_format_is_refused_with_what_to_do(copy):
     edit_manifest(copy, lambda data: data.update(format_version=2))
-    with pytest.raises(BundleError, match="has format 2 and this caption-rt reads 1: a newer caption-rt is needed"):
+    with pytest.raises(BundleError, match="has format 2 and this caption-rt reads 1: pip install -U caption-rt brings"):
         Bundle.open(copy)
     edit_manifest(copy, lambda data: data.update(format_version=0))
     with pytest.raises(BundleError, match="reads 1: export the model again"):
@@ -356,8 +368,8 @@ def test_what_is_no_bundle_says_so(tmp_path):
     for name, message in {
         "missing": "missing does not exist",
         "empty": "manifest.json is missing",
-        "text.zip": "is not a bundle: neither a folder nor a whole zip file",
-        "other.zip": "holds 0 files manifest.json; a bundle has one",
+        "text.zip": "is not a bundle, neither a folder nor a whole zip file: name what caption-export wrote",
+        "other.zip": "holds 0 files manifest.json: name the zip file of one bundle",
         "zero\0byte": "zero\\x00byte",
     }.items():
         with pytest.raises(BundleError) as caught:

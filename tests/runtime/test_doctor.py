@@ -132,7 +132,7 @@ def test_no_bundle(tmp_path):
     report = examine(str(tmp_path / "none"), "cpu")
     assert (report.exit_code, statuses(report)) == (3, {"bundle": "error", "self-test": "warning"})
     parts = found(report)
-    assert parts["bundle"].text == f"the bundle {tmp_path / 'none'} does not exist"
+    assert parts["bundle"].text == f"the bundle {tmp_path / 'none'} does not exist: check the path"
     assert "--model" in parts["bundle"].mend
     assert parts["self-test"].text == "not examined: the error is in bundle"
 

@@ -153,7 +153,7 @@ def test_the_network_gets_a_thread_a_physical_core(tmp_path, sixteen, monkeypatc
 def test_threads_that_are_asked_for(monkeypatch):
     assert threads.thread_count(5) == 5
     for nonsense in 0, -1, 1025:
-        with pytest.raises(OptionsError, match=f"intra_op_threads must be a whole number from 1 to 1024, not {nonsense}"):
+        with pytest.raises(OptionsError, match=f"must be a whole number from 1 to 1024, not {nonsense}"):
             threads.thread_count(nonsense)
     monkeypatch.setattr(threads, "default_threads", lambda: 3)
     monkeypatch.setattr(sys, "platform", "linux")
