@@ -330,20 +330,23 @@ class Trainer:
         mine = tape.gradient(total, [x.value for x in taught], unconnected_gradients=tf.UnconnectedGradients.ZERO)
         sums = [total, loss.cross_entropy * counts, loss.words * counts, normaliser]
         sums, gradients = self._workers.all_reduce(sums), self._workers.all_reduce(mine)
-        gradients = [tf.convert_to_tensor(gradient) / sums[-1] for gradient in gradients]
+        gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+        # All that a gradient is multiplied with is one factor: to go over all of them takes its time.
+        factor = 1 / sums[-1]
         if self.settings.training.clip_norm:
-            gradients, _ = tf.clip_by_global_norm(gradients, self.settings.training.clip_norm)
+            norm = tf.linalg.global_norm(gradients) * factor
+            factor *= tf.minimum(1.0, self.settings.training.clip_norm / norm)
+        factor /= self._workers.replicas  # Keras' optimisers sum over the replicas once more
         done = 0
         for optimizer, variables in self._taught:
-            # Keras' optimisers sum over the replicas once more.
-            own = [gradient / self._workers.replicas for gradient in gradients[done : done + len(variables)]]
+            own = [gradient * factor for gradient in gradients[done : done + len(variables)]]
             optimizer.apply(own, variables)
             done += len(variables)
         return sums
 
 
 def _adam(settings: TrainingSettings, total_steps: int, variables: Sequence[Any]) -> keras.optimizers.Optimizer:
-    optimizer = keras.optimizers.Adam(learning_rate(settings, total_steps))
+    optimizer = FusedAdam(learning_rate(settings, total_steps))
     optimizer.build(variables)
     return optimizer
 
