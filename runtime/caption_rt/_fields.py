@@ -16,14 +16,23 @@ def parse_json(data: bytes, name: str) -> object:
         name: the file's name, for the error.
 
     Raises:
-        BundleError: the bytes are not JSON.
+        BundleError: the bytes are not JSON, or an object has a key twice.
     """
 
     def refuse(constant: str) -> object:
         raise ValueError(f"{constant} is not JSON")
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            # One reader takes the first, another the last.
+            if key in found:
+                raise ValueError(f"the key {key!r} is there twice")
+            found[key] = value
+        return found
+
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=refuse)
+        return json.loads(data.decode("utf-8"), parse_constant=refuse, object_pairs_hook=once)
     # Nesting without end exhausts the parser's stack.
     except (ValueError, RecursionError) as exc:
         raise BundleError(f"{name} is not valid JSON: {printable(exc)}") from exc

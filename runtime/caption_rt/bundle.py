@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from caption_rt._fields import parse_json
+from caption_rt._graph_file import check_graph_file
 from caption_rt.errors import BundleError, CaptionError, printable
 from caption_rt.manifest import (
     FORMAT_VERSION,
@@ -149,8 +150,8 @@ class Bundle:
         """The verified bytes of a file.
 
         They are handed out once from memory, so that an open bundle does not hold a second copy of its graphs; a later
-        call reads the file again and verifies it again. So does the first one for a graph that only a larger precision
-        than the bundle's smallest has.
+        call reads the file again and verifies it again. So does the first one for a file that is not kept: a graph that
+        only a larger precision than the bundle's smallest has, and what is there for people.
 
         Raises:
             BundleError: the manifest lists no such file, or it has changed since the bundle was opened.
@@ -196,12 +197,15 @@ class Bundle:
         precisions, files = self._manifest.precisions, self._manifest.files
         graphs = {precision: {graph.file for graph in precisions[precision].values()} for precision in precisions}
         # What only a larger precision needs is verified and let go: it would be twice as much memory, or more.
-        kept = min(graphs.values(), key=lambda names: sum(files[name].size for name in names))
-        passing = set().union(*graphs.values()) - kept
+        smallest = min(graphs.values(), key=lambda names: sum(files[name].size for name in names))
+        kept = smallest | {VOCABULARY_FILE, SELFTEST_FILE}
         contents = {}
         for name in files:
             data = self._verified(name)
-            if name not in passing:
+            for graph in (graph for of_precision in precisions.values() for graph in of_precision.values()):
+                if graph.file == name:
+                    check_graph_file(data, graph)
+            if name in kept:
                 contents[name] = data
         return contents
 

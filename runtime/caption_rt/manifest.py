@@ -48,9 +48,14 @@ PRECISIONS = ("fp32", "fp16", "int8")
 
 # ONNX is a protobuf file, and protobuf ends at 2 GiB: a larger size is a mistake or an attack.
 MAX_FILE_SIZE = 2**31
+_MAX_OTHER_SIZE = 2**26  # of what is no graph: words, small images, text
+_MAX_SIZE = 2**32  # of all files together
+_MAX_FILES = 100
 
 _DTYPES = ("uint8", "float32", "int64")
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_FILE_NAME = re.compile(r"(?=.{1,100}$)[A-Za-z0-9][A-Za-z0-9._-]*(?<!\.)")
+# Windows opens a device under these names, whatever follows after a dot.
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -218,8 +223,7 @@ class Manifest:
         for required in (VOCABULARY_FILE, SELFTEST_FILE, *(graph.file for graph in graphs)):
             if required not in self.files:
                 raise BundleError(f"manifest.json: files does not list {printable(required)}")
-        for file_name in self.files:
-            check_file_name(file_name)
+        _check_files(self.files)
         _check_tensors(self)
 
     @classmethod
@@ -294,10 +298,36 @@ def check_file_name(name: str) -> None:
     """Refuse a name that could lead out of the bundle's folder, or that some system reads differently.
 
     Raises:
-        BundleError: the name is not letters, digits, ".", "_" and "-" alone, or is the manifest's own.
+        BundleError: the name is not letters, digits, ".", "_" and "-" alone, or is the manifest's own or a device's.
     """
-    if not _FILE_NAME.fullmatch(name) or name == MANIFEST_FILE:
+    if not _FILE_NAME.fullmatch(name) or _DEVICE.fullmatch(name) or name.lower() == MANIFEST_FILE:
         raise BundleError(f"manifest.json: {printable(name)!r} is not the name of a file inside the bundle")
+
+
+def _check_files(files: Mapping[str, FileSpec]) -> None:
+    """Names that stay inside and apart on every system, and sizes that a bundle can have.
+
+    Raises:
+        BundleError: there is a file with another.
+    """
+    if len(files) > _MAX_FILES:
+        raise BundleError(f"manifest.json: files lists {len(files)}, and a bundle has {_MAX_FILES} at most")
+    lowered: dict[str, str] = {}
+    for name, spec in files.items():
+        check_file_name(name)
+        # Not every system tells them apart.
+        if other := lowered.get(name.lower()):
+            raise BundleError(f"manifest.json: the names of the files {other} and {name} differ in capitals alone")
+        lowered[name.lower()] = name
+        if spec.size > _MAX_OTHER_SIZE and not name.endswith(".onnx"):
+            raise BundleError(
+                f"manifest.json: files: {name}: size is above {_MAX_OTHER_SIZE} bytes, and it is no graph"
+            )
+    total = sum(spec.size for spec in files.values())
+    if total > _MAX_SIZE:
+        raise BundleError(
+            f"manifest.json: files have {total} bytes together, and those of a bundle {_MAX_SIZE} at most"
+        )
 
 
 def _precisions(fields: Fields) -> dict[str, dict[str, GraphSpec]]:
