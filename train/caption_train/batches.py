@@ -16,7 +16,7 @@ from caption_train.errors import DatasetError
 from caption_train.settings import Grouping
 from caption_train.sources import FeatureSource
 
-_POOL = 64  # batches whose captions are sorted by length together
+_POOL = 64  # batches whose captions are sorted together
 
 
 class Batch(NamedTuple):
@@ -127,26 +127,39 @@ def batches_of_epoch(
         batch_size: Captions a batch; the last one may be smaller.
         seed: Of the run.
         epoch: From 0.
-        grouping: ``photos``: the captions of a photo come together, so that it is encoded once for all of them;
-            ``lengths``: those of a batch are of similar length; ``random``: any.
+        grouping: ``photos``: the captions of a photo come together, so that it is encoded once for all of them, and
+            photos whose longest captions are of similar length; ``lengths``: captions of similar length; ``random``:
+            any.
 
     Returns:
         Indices int64 of the captions.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(data))
+    batches = []
     if grouping == "photos":
+        longest = np.zeros(len(data.images), np.int64)
+        np.maximum.at(longest, data.photo_of, data.lengths)
         rank = rng.permutation(len(data.images))
         order = order[np.argsort(rank[data.photo_of[order]], kind="stable")]
-    if grouping != "lengths":
+        pools = _pools(order, batch_size)
+        # Photos whose longest captions are alike: the batch's longest decides how many words it goes through.
+        sorted_by = [longest[data.photo_of[pool]] * len(rank) + rank[data.photo_of[pool]] for pool in pools]
+    elif grouping == "lengths":
+        pools = _pools(order, batch_size)
+        sorted_by = [data.lengths[pool] for pool in pools]
+    else:
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    pool = batch_size * _POOL
-    batches: list[NDArray[np.int64]] = []
-    for start in range(0, len(order), pool):
-        chosen = order[start : start + pool]
-        chosen = chosen[np.argsort(data.lengths[chosen], kind="stable")]
-        batches += [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    for pool, key in zip(pools, sorted_by, strict=True):
+        ranked = pool[np.argsort(key, kind="stable")]
+        batches += [ranked[i : i + batch_size] for i in range(0, len(ranked), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _pools(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+    """Captions that are sorted among each other: so many batches' worth that lengths are alike, yet far from all."""
+    size = batch_size * _POOL
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def load_batch(

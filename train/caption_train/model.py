@@ -282,14 +282,15 @@ class CaptionModel(keras.Model):
         embedded = self._drop(decoder.embedding(_packed(tokens, is_word)), seed, 0)  # [N, E]
         cell = decoder.gru.cell
         # The kernel's first rows multiply the context, the others the embedding (see `Decoder.recur`).
-        inputs = self._product(embedded, cell.kernel[size:]) + cell.bias[0]  # [N, 3U]
+        of_context, of_embedding = tf.split(tf.convert_to_tensor(cell.kernel), [size, size])
+        inputs = self._product(embedded, of_embedding) + cell.bias[0]  # [N, 3U]
         carry = self.config.recurrence == "carry"
         recurrent = tf.convert_to_tensor(cell.recurrent_kernel)
         weights = Weights(
             tf.concat([decoder.attention.W2.kernel, recurrent if carry else tf.zeros_like(recurrent)], axis=1),
             tf.concat([decoder.attention.W2.bias, cell.bias[1]], axis=0),
             tf.convert_to_tensor(decoder.attention.V.kernel),
-            cell.kernel[:size],
+            of_context,
         )
         outputs, attention = unroll(
             inputs, state, features, keys, weights, plan(photos, is_word), carry=carry, dtype=self.dtype_of_products

@@ -321,28 +321,34 @@ class Trainer:
             what the loss is divided by.
         """
         taught = [variable for _, variables in self._taught for variable in variables]
-        counts = tf.sign(normaliser)
+        replicas, counts = self._workers.replicas, tf.sign(normaliser)
+        (whole,) = self._workers.all_reduce([normaliser])
         with tf.GradientTape() as tape:
             loss = self.objective.loss(self.model, self.source.grid(batch.loaded, training=True), batch, seed)
             total = loss.total * counts
+            scaled = total / (whole * replicas)  # Keras' optimisers sum over the replicas once more
         # Keras' variables hold TensorFlow's, of which the tape knows what a missing gradient looks like. The
         # attention's V has a bias for the sake of the tutorial's checkpoints, and no gradient.
-        mine = tape.gradient(total, [x.value for x in taught], unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        sums = [total, loss.cross_entropy * counts, loss.words * counts, normaliser]
-        sums, gradients = self._workers.all_reduce(sums), self._workers.all_reduce(mine)
-        gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
-        # All that a gradient is multiplied with is one factor: to go over all of them takes its time.
-        factor = 1 / sums[-1]
-        if self.settings.training.clip_norm:
-            norm = tf.linalg.global_norm(gradients) * factor
-            factor *= tf.minimum(1.0, self.settings.training.clip_norm / norm)
-        factor /= self._workers.replicas  # Keras' optimisers sum over the replicas once more
+        mine = tape.gradient(scaled, [x.value for x in taught], unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        sums = self._workers.all_reduce([total, loss.cross_entropy * counts, loss.words * counts])
+        gradients = [tf.convert_to_tensor(gradient) for gradient in self._workers.all_reduce(mine)]
+        gradients = _clipped(gradients, self.settings.training.clip_norm / replicas)
         done = 0
         for optimizer, variables in self._taught:
-            own = [gradient * factor for gradient in gradients[done : done + len(variables)]]
-            optimizer.apply(own, variables)
+            optimizer.apply(gradients[done : done + len(variables)], variables)
             done += len(variables)
-        return sums
+        return [*sums, whole]
+
+
+def _clipped(gradients: list[tf.Tensor], most: float) -> list[tf.Tensor]:
+    """Gradients scaled down to a global norm; 0 leaves them as they are. Most are short enough and are not touched."""
+    if not most:
+        return gradients
+    norm = tf.linalg.global_norm(gradients)
+    clipped: list[tf.Tensor] = tf.cond(
+        norm > most, lambda: [gradient * (most / norm) for gradient in gradients], lambda: gradients
+    )
+    return clipped
 
 
 def _adam(settings: TrainingSettings, total_steps: int, variables: Sequence[Any]) -> keras.optimizers.Optimizer:
