@@ -61,7 +61,7 @@ def bare_rate(session: onnxruntime.InferenceSession, images: np.ndarray, batch_s
 def run_rate(captioner: Captioner, folder: Path, options: DecodeOptions, settings: BatchSettings) -> float:
     """Photos a second of a whole run."""
     with tempfile.TemporaryDirectory() as out:
-        key = run_key(captioner.key, options, captioner.limits)
+        key = run_key(captioner.key, captioner.precision, options, captioner.limits)
         output = FileOutput(Path(out, "captions.jsonl"), "jsonl", line_writer("jsonl"), "resume", key)
         start = time.perf_counter()
         count = sum(

@@ -18,6 +18,7 @@ def caption_of(text, *, word_log_probs=None, attention=None, **fields):
         "retried_for": (),
         "faults": (),
         "provider": "CPUExecutionProvider",
+        "precision": "fp32",
         "timing": Timing(0.0, 0.0, 0.0, 0.0),
     }
     return Caption(

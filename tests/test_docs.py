@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "models" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
     "caption-rt": caption_rt.cli.command,
-    "caption-export": caption_export.cli.command,
+    **{f"caption-export {name}": command for name, command in caption_export.cli.command.commands.items()},
+    "caption-export": caption_export.cli.command.commands["export"],
     **{f"caption-train {name}": command for name, command in caption_train.cli.command.commands.items()},
 }
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -31,7 +32,8 @@ def code(text):
 
 def calls(path):
     """The calls of our commands in a document: name and arguments."""
-    found = re.compile(r"(?:^|[ /])(caption-(?:rt|export|train [\w-]+)) ([^&|]+)")
+    tools = "|".join(caption_export.cli.command.commands)
+    found = re.compile(rf"(?:^|[ /])(caption-(?:rt|export (?:{tools})(?= )|export|train [\w-]+)) ([^&|]+)")
     for line in code(path.read_text(encoding="utf-8")):
         for name, arguments in found.findall(line.removeprefix("$ ")):
             yield name, shlex.split(arguments, comments=True)

@@ -61,15 +61,21 @@ Finished = Done | Entry
 """A photo that is through: written by this run, or done before."""
 
 
-def run_key(bundle_key: str, options: DecodeOptions, limits: PhotoLimits) -> RunKey:
+def run_key(bundle_key: str, precision: str, options: DecodeOptions, limits: PhotoLimits) -> RunKey:
     """What the records of a run depend on beyond the photos' content.
 
     Args:
         bundle_key: `Captioner.key`.
+        precision: `Captioner.precision`.
         options: how captions are decoded.
         limits: the largest photos that are read.
     """
-    caption = {"records": _RECORD_VERSION, "bundle": bundle_key, "options": dataclasses.asdict(options)}
+    caption = {
+        "records": _RECORD_VERSION,
+        "bundle": bundle_key,
+        "precision": precision,
+        "options": dataclasses.asdict(options),
+    }
     readable = [PIL.__version__, *FORMATS, _has_heif()]
     return RunKey(_hash(caption), _hash({**caption, "limits": dataclasses.asdict(limits), "readable": readable}))
 

@@ -74,6 +74,8 @@ class Caption:
     """What is wrong with this caption; with the guard, only where no strategy found a better one."""
     provider: str
     """The execution provider of ONNX Runtime that was used, such as "CPUExecutionProvider"."""
+    precision: str
+    """What the networks were computed in: "fp32", "fp16" or "int8"."""
     timing: Timing = field(repr=False, compare=False)
     """Where the time went."""
     alternatives: tuple["Caption", ...] = field(default=(), repr=False)
@@ -97,13 +99,14 @@ class Caption:
             "retried_for": list(self.retried_for),
             "faults": list(self.faults),
             "provider": self.provider,
+            "precision": self.precision,
         }
         if attention:
             values["attention"] = self.attention.tolist()
         if timing:
             values["timing"] = vars(self.timing).copy()
         if self.alternatives:
-            shared = {"strategy", "retried_for", "provider", "timing"}
+            shared = {"strategy", "retried_for", "provider", "precision", "timing"}
             values["alternatives"] = [
                 {key: value for key, value in other.to_dict(attention=attention).items() if key not in shared}
                 for other in self.alternatives

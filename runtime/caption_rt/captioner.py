@@ -16,7 +16,7 @@ from caption_rt.bundle import Bundle, default_bundle_path
 from caption_rt.caption import Caption, Timing, Word
 from caption_rt.captioning import caption_of, frozen, photo_seeds, special_tokens
 from caption_rt.devices import parse_device
-from caption_rt.engine import Engine
+from caption_rt.engine import Engine, check_precision
 from caption_rt.errors import BundleError, EngineError, ImageError, OptionsError, printable
 from caption_rt.guard import Guarded, decode_guarded, faults_of
 from caption_rt.image import ImageSource, PhotoLimits, read_photo
@@ -40,10 +40,10 @@ _Read: TypeAlias = tuple[NDArray[np.uint8], float] | ImageError
 class Captioner:
     """Captions photos with the model of a bundle. Safe to use from several threads.
 
-    Made by `Captioner.load`. Captioners of the same bundle, device and threads in one process share their sessions, so
-    a second one costs neither memory nor the time to build them. A captioner that is pickled (for a process pool, say)
-    takes its configuration along and builds its sessions where it is used, when it is first used; so does one that is
-    used after a fork. It is a context manager that closes itself.
+    Made by `Captioner.load`. Captioners of the same bundle, device, threads and precision in one process share their
+    sessions, so a second one costs neither memory nor the time to build them. A captioner that is pickled (for a
+    process pool, say) takes its configuration along and builds its sessions where it is used, when it is first used; so
+    does one that is used after a fork. It is a context manager that closes itself.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Captioner:
         *,
         intra_op_threads: int | None = None,
         limits: PhotoLimits | None = None,
+        precision: str | None = None,
     ) -> None:
         """Take an open bundle; the sessions are built when they are first needed. See `Captioner.load`."""
         parse_device(device)
@@ -62,10 +63,12 @@ class Captioner:
             raise OptionsError(
                 f"limits are a PhotoLimits, as in PhotoLimits(max_bytes=20_000_000), not {described(limits)}"
             )
+        check_precision(bundle, precision)
         self._bundle = bundle
         self._device = device
         self._intra_op_threads = None if intra_op_threads is None else thread_count(intra_op_threads)
         self._limits = limits or PhotoLimits()
+        self._precision = precision
         self._engine: tuple[int, Engine] | None = None
         self._closed = False
         defaults = bundle.manifest.decoding
@@ -74,7 +77,7 @@ class Captioner:
                 beam_size=defaults.beam_size, length_penalty=defaults.length_penalty, max_words=defaults.max_words
             )
         except OptionsError as exc:
-            raise BundleError(f"the bundle {printable(bundle.path)}: manifest.json: decoding: {exc}") from exc
+            raise bundle.spoilt(BundleError(f"manifest.json: decoding: {exc}")) from exc
 
     @classmethod
     def load(
@@ -84,6 +87,7 @@ class Captioner:
         *,
         intra_op_threads: int | None = None,
         limits: PhotoLimits | None = None,
+        precision: str | None = None,
     ) -> "Captioner":
         """Load a model.
 
@@ -94,9 +98,12 @@ class Captioner:
             intra_op_threads: threads that share the work of one operator; None for as many as the process may use
                 processors.
             limits: the largest photos that are read; None for the defaults of `PhotoLimits`.
+            precision: "fp32", "fp16" or "int8", where the bundle has it; None for the best that it has for the device:
+                on CUDA the first of fp16, fp32 and int8, on a CPU the first of int8, fp32 and fp16.
 
         Raises:
-            OptionsError: an unknown device, fewer than 1 thread, or a value of another type.
+            OptionsError: an unknown device, fewer than 1 thread, a precision that the bundle does not have, or a value
+                of another type.
             BundleError: the bundle is not there, damaged, or of another format.
             EngineError: ONNX Runtime cannot load it, or the device cannot be used.
         """
@@ -104,7 +111,7 @@ class Captioner:
             bundle = default_bundle_path()
         if isinstance(bundle, str | os.PathLike):
             bundle = Bundle.open(bundle)
-        captioner = cls(bundle, device, intra_op_threads=intra_op_threads, limits=limits)
+        captioner = cls(bundle, device, intra_op_threads=intra_op_threads, limits=limits, precision=precision)
         captioner._use_engine()
         return captioner
 
@@ -140,7 +147,7 @@ class Captioner:
         path = self._bundle.path
         # The default bundle is found again wherever the package is installed.
         stated = None if str(path) == _default_path() else str(path.absolute())
-        return _revived, (stated, self.key, self._device, self._intra_op_threads, self._limits)
+        return _revived, (stated, self.key, self._device, self._intra_op_threads, self._limits, self._precision)
 
     @property
     def bundle(self) -> Bundle:
@@ -161,6 +168,11 @@ class Captioner:
     def provider(self) -> str:
         """The execution provider that ONNX Runtime really uses."""
         return self._use_engine().provider
+
+    @property
+    def precision(self) -> str:
+        """What the networks are computed in: "fp32", "fp16" or "int8"."""
+        return self._use_engine().precision
 
     @property
     def device(self) -> str:
@@ -244,7 +256,7 @@ class Captioner:
         for i in range(given, len(best.tokens)):
             yield self._word(best.tokens[i], best.log_probs[i], best.attention[i])
         found = Guarded(hypotheses, options.strategy, (), faults_of(best))
-        return self._caption_of(found, stepper.provider, Timing(read_s, stepper.extract_s, stepper.encode_s, decode_s))
+        return self._caption_of(found, stepper, Timing(read_s, stepper.extract_s, stepper.encode_s, decode_s))
 
     @overload
     def caption_many(
@@ -333,12 +345,15 @@ class Captioner:
         decode_s = time.perf_counter() - start
         share = [seconds / len(pixels) for seconds in (stepper.extract_s, stepper.encode_s, decode_s)]
         return [
-            self._caption_of(guarded, stepper.provider, Timing(seconds, *share))
+            self._caption_of(guarded, stepper, Timing(seconds, *share))
             for guarded, seconds in zip(found, read_s or [0.0] * len(pixels), strict=True)
         ]
 
     def self_test(self) -> "SelfTest":
         """Caption the bundle's own test photos and compare with the results that its makers got in training.
+
+        In fp32 the words must be the same; in fewer bits, where another word may be as likely, the log-probabilities
+        of the makers' words.
 
         Raises:
             BundleError: the bundle's self-test cannot be read.
@@ -346,7 +361,10 @@ class Captioner:
         """
         from caption_rt.selftest import run_self_test  # rarely asked for
 
-        return run_self_test(self._bundle, self.caption_pixels)
+        engine = self._use_engine()
+        return run_self_test(
+            self._bundle, engine.precision, self.caption_pixels, lambda pixels: EngineStepper(engine, [pixels])
+        )
 
     def _given(self, options: DecodeOptions | None) -> DecodeOptions:
         """The options of a call.
@@ -372,7 +390,8 @@ class Captioner:
         process = os.getpid()
         held = self._engine
         if held is None or held[0] != process:  # sessions do not outlive a fork
-            held = self._engine = process, shared_engine(self._bundle, self._device, self._intra_op_threads)
+            engine = shared_engine(self._bundle, self._device, self._intra_op_threads, self._precision)
+            held = self._engine = process, engine
         if self._closed:  # meanwhile, by another thread
             self._engine = None
         return held[1]
@@ -424,9 +443,9 @@ class Captioner:
         grid = self._bundle.manifest.grid
         return Word(self._bundle.vocabulary.words[token], token, log_prob, frozen(attention, grid.rows, grid.columns))
 
-    def _caption_of(self, found: Guarded, provider: str, timing: Timing) -> Caption:
-        grid = self._bundle.manifest.grid
-        return caption_of(found, self._bundle.vocabulary, (grid.rows, grid.columns), provider, timing)
+    def _caption_of(self, found: Guarded, stepper: EngineStepper, timing: Timing) -> Caption:
+        grid, vocabulary = self._bundle.manifest.grid, self._bundle.vocabulary
+        return caption_of(found, vocabulary, (grid.rows, grid.columns), stepper.provider, stepper.precision, timing)
 
 
 def _default_path() -> str | None:
@@ -436,7 +455,14 @@ def _default_path() -> str | None:
         return None
 
 
-def _revived(path: str | None, key: str, device: str, intra_op_threads: int | None, limits: PhotoLimits) -> Captioner:
+def _revived(
+    path: str | None,
+    key: str,
+    device: str,
+    intra_op_threads: int | None,
+    limits: PhotoLimits,
+    precision: str | None,
+) -> Captioner:
     """A captioner that was pickled; see `Captioner`.
 
     Raises:
@@ -447,4 +473,4 @@ def _revived(path: str | None, key: str, device: str, intra_op_threads: int | No
         raise BundleError(
             f"the bundle {printable(bundle.path)} has changed since the captioner was pickled: load it again"
         )
-    return Captioner(bundle, device, intra_op_threads=intra_op_threads, limits=limits)
+    return Captioner(bundle, device, intra_op_threads=intra_op_threads, limits=limits, precision=precision)

@@ -43,7 +43,9 @@ def photo_seeds(pixels: Sequence[NDArray[np.uint8]]) -> Callable[[int], int]:
     return photo_seed
 
 
-def caption_of(found: Guarded, vocabulary: Vocabulary, grid: tuple[int, int], provider: str, timing: Timing) -> Caption:
+def caption_of(
+    found: Guarded, vocabulary: Vocabulary, grid: tuple[int, int], provider: str, precision: str, timing: Timing
+) -> Caption:
     """The caption that a search found.
 
     Args:
@@ -51,6 +53,7 @@ def caption_of(found: Guarded, vocabulary: Vocabulary, grid: tuple[int, int], pr
         vocabulary: the model's words.
         grid: rows and columns of the attention.
         provider: what ran the networks.
+        precision: what they were computed in.
         timing: where the time went.
     """
 
@@ -68,6 +71,7 @@ def caption_of(found: Guarded, vocabulary: Vocabulary, grid: tuple[int, int], pr
             retried_for=found.retried_for,
             faults=faults_of(hypothesis),
             provider=provider,
+            precision=precision,
             timing=timing,
             alternatives=alternatives,
         )

@@ -58,11 +58,11 @@ def command(images: tuple[str, ...], **given: Any) -> int:
 
 def _check_alone(given: Mapping[str, Any], name: str) -> None:
     """Refuse options that mean nothing to a test of the installation."""
-    used = {"model", "device", "threads", "as_json", "self_test", "doctor"}
+    used = {"model", "device", "precision", "threads", "as_json", "self_test", "doctor"}
     for option, value in given.items():
         if option not in used and (is_given(value) or (option == "guard" and value is False)):
             raise click.UsageError(
-                f"{name} goes with --model, --device, --threads and --json alone: leave out "
+                f"{name} goes with --model, --device, --precision, --threads and --json alone: leave out "
                 f"--{option.replace('_name', '').replace('_', '-')}"
             )
 
@@ -70,7 +70,7 @@ def _check_alone(given: Mapping[str, Any], name: str) -> None:
 def _doctor(given: Mapping[str, Any]) -> int:
     from caption_rt.doctor import examine
 
-    report = examine(given["model"], given["device"], given["threads"])
+    report = examine(given["model"], given["device"], given["threads"], given["precision"])
     if given["as_json"]:
         echo(json.dumps(report.to_dict()))
     else:
@@ -89,13 +89,14 @@ def _self_test(given: Mapping[str, Any]) -> int:
             "model": name,
             "photos": result.photos,
             "provider": result.provider,
+            "precision": result.precision,
             "max_difference": result.max_difference,
             "tolerance": result.tolerance,
         }
         echo(json.dumps(values))
     else:
         echo(
-            f"self-test passed: {name}, {result.photos} photos on {result.provider}, log-probabilities within "
-            f"{result.max_difference:.1g} ({result.tolerance:.1g} allowed)"
+            f"self-test passed: {name}, {result.photos} photos on {result.provider} in {result.precision}, "
+            f"log-probabilities within {result.max_difference:.1g} ({result.tolerance:.1g} allowed)"
         )
     return 0

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from caption_rt.errors import printable, shown
+from caption_rt.manifest import PRECISIONS
 from caption_rt.options import DecodeOptions
 from caption_rt.outputs import EXISTING
 from caption_rt.writers import FORMATS
@@ -305,6 +306,14 @@ _MACHINE: list[Callable[[Any], Any]] = _group(
             "default": "auto",
             "metavar": "DEVICE",
             "help": "auto (CUDA if it works), cpu, cuda, or cuda:1 for the second GPU.",
+        },
+    ),
+    (
+        ("--precision",),
+        {
+            "type": click.Choice(PRECISIONS),
+            "help": "What the networks are computed in. Default: the best that the model has for the device; on CUDA "
+            "fp16, on a CPU int8, else fp32.",
         },
     ),
     (

@@ -96,7 +96,12 @@ class Report:
         return lines
 
 
-def examine(model: str | None = None, device: str = "auto", intra_op_threads: int | None = None) -> Report:
+def examine(
+    model: str | None = None,
+    device: str = "auto",
+    intra_op_threads: int | None = None,
+    precision: str | None = None,
+) -> Report:
     """Examine the installation as a call with the same arguments would use it.
 
     A part that is broken is a finding and no error, whatever it raises.
@@ -105,6 +110,7 @@ def examine(model: str | None = None, device: str = "auto", intra_op_threads: in
         model: folder or zip file of the bundle; None for the one that travels with the package.
         device: one of `caption_rt.devices.DEVICES`. That there is no GPU is an error only where CUDA is asked for.
         intra_op_threads: as `caption_rt.engine.Graph` takes it.
+        precision: as `caption_rt.engine.Engine` takes it.
 
     Raises:
         OptionsError: an unknown device, or fewer than 1 thread.
@@ -121,7 +127,7 @@ def examine(model: str | None = None, device: str = "auto", intra_op_threads: in
         ("GPU", (), _gpus),
         ("threads", (), lambda: _threads(intra_op_threads)),
         ("bundle", (), lambda: _bundle(model, opened)),
-        ("self-test", _NEEDED, lambda: _self_test(opened[0], device, intra_op_threads)),
+        ("self-test", _NEEDED, lambda: _self_test(opened[0], device, intra_op_threads, precision)),
     )
     findings: dict[str, Finding] = {}
     for part, needed, look in parts:
@@ -304,27 +310,30 @@ def _bundle(model: str | None, opened: list[Bundle]) -> Finding:
         "bytes": size,
         "files": sorted([MANIFEST_FILE, *manifest.files]),
         "words": len(bundle.vocabulary),
+        "precisions": list(manifest.precisions),
     }
-    text = f"{printable(manifest.name)}, {size / 1e6:.1f} MB, format {FORMAT_VERSION}, all files as its manifest says"
+    text = f"{printable(manifest.name)} in {', '.join(manifest.precisions)}, {size / 1e6:.1f} MB, "
+    text += f"format {FORMAT_VERSION}, all files as its manifest says"
     return Finding("bundle", "ok", f"{text} ({printable(bundle.path)})", facts=facts)
 
 
-def _self_test(bundle: Bundle, device: str, intra_op_threads: int | None) -> Finding:
+def _self_test(bundle: Bundle, device: str, intra_op_threads: int | None, precision: str | None) -> Finding:
     module = importlib.import_module("caption_rt.captioner")
-    captioner: Captioner = module.Captioner.load(bundle, device, intra_op_threads=intra_op_threads)
+    captioner: Captioner = module.Captioner.load(bundle, device, intra_op_threads=intra_op_threads, precision=precision)
     with captioner:
         result, fallback = captioner.self_test(), captioner.fallback
         facts = {
             "photos": result.photos,
             "provider": result.provider,
+            "precision": result.precision,
             "device": captioner.device,
             "fallback": fallback,
             "max_difference": result.max_difference,
             "tolerance": result.tolerance,
         }
     text = (
-        f"passed, {result.photos} photos on {facts['device']}, log-probabilities within {result.max_difference:.1g} "
-        f"({result.tolerance:.1g} allowed)"
+        f"passed, {result.photos} photos on {facts['device']} in {result.precision}, log-probabilities within "
+        f"{result.max_difference:.1g} ({result.tolerance:.1g} allowed)"
     )
     if fallback is not None:
         return Finding(

@@ -50,7 +50,11 @@ def load_captioner(given: Mapping[str, Any]) -> "Captioner":
         # Imported late: --help and --version need neither NumPy nor ONNX Runtime.
         from caption_rt.captioner import Captioner
     captioner = Captioner.load(
-        bundle.result(), given["device"], intra_op_threads=given["threads"], limits=_limits(given)
+        bundle.result(),
+        given["device"],
+        intra_op_threads=given["threads"],
+        limits=_limits(given),
+        precision=given["precision"],
     )
     if captioner.fallback is not None:
         say(_NAME, f"note: {captioner.fallback}; the CPU is used")
@@ -162,7 +166,7 @@ class _Run:
             return self._open_stream()
         from caption_rt.batch import run_key
 
-        key = run_key(self._captioner.key, self._options, self._limits)
+        key = run_key(self._captioner.key, self._captioner.precision, self._options, self._limits)
         if request.output is None:
             from caption_rt.output_sidecars import SidecarOutput, sidecar_ledger
 

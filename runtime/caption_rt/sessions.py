@@ -21,24 +21,25 @@ _engines: weakref.WeakValueDictionary[tuple[object, ...], Engine] = weakref.Weak
 _lock = threading.Lock()
 
 
-def shared_engine(bundle: Bundle, device: str, intra_op_threads: int | None) -> Engine:
+def shared_engine(bundle: Bundle, device: str, intra_op_threads: int | None, precision: str | None) -> Engine:
     """The engine of a bundle's content in this process: the one that is there already, or a new one.
 
     Args:
         bundle: the bundle; two with the same manifest have the same content.
         device: see `Engine`.
         intra_op_threads: see `Engine`.
+        precision: see `Engine`.
 
     Raises:
         OptionsError: see `Engine`.
         BundleError: see `Engine`.
         EngineError: see `Engine`.
     """
-    wanted = bundle.sha256, device, intra_op_threads
+    wanted = bundle.sha256, device, intra_op_threads, precision
     with _lock:
         engine = _engines.get(wanted)
         if engine is None:
-            engine = _engines[wanted] = Engine(bundle, device, intra_op_threads)
+            engine = _engines[wanted] = Engine(bundle, device, intra_op_threads, precision)
         return engine
 
 
@@ -85,6 +86,11 @@ class EngineStepper:
     def provider(self) -> str:
         """The execution provider that is used."""
         return self._engine.provider
+
+    @property
+    def precision(self) -> str:
+        """What the graphs are computed in."""
+        return self._engine.precision
 
     @property
     def batch_size(self) -> int:

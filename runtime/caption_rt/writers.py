@@ -33,7 +33,18 @@ _ENDINGS = {
     ".htm": "html",
 }
 
-_COLUMNS = ("path", "status", "caption", "log_prob", "ended", "strategy", "provider", "error_class", "error")
+_COLUMNS = (
+    "path",
+    "status",
+    "caption",
+    "log_prob",
+    "ended",
+    "strategy",
+    "provider",
+    "precision",
+    "error_class",
+    "error",
+)
 
 
 @dataclass(frozen=True)
@@ -122,9 +133,19 @@ def _row(record: Record) -> tuple[str, ...]:
     """The values of `_COLUMNS`, without line breaks, tabs and what UTF-8 lacks."""
     result = record.result
     if isinstance(result, CaptionError):
-        values = "error", "", "", "", "", "", type(result).__name__, _no_formula(str(result))
+        values = "error", "", "", "", "", "", "", type(result).__name__, _no_formula(str(result))
     else:
-        values = "ok", result.text, repr(result.log_prob), result.ended, result.strategy, result.provider, "", ""
+        values = (
+            "ok",
+            result.text,
+            repr(result.log_prob),
+            result.ended,
+            result.strategy,
+            result.provider,
+            result.precision,
+            "",
+            "",
+        )
     return _no_formula(_name(record.path)), *map(printable, values)
 
 

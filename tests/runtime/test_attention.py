@@ -32,6 +32,7 @@ def caption_of(words, attention=None):
         retried_for=(),
         faults=(),
         provider="CPUExecutionProvider",
+        precision="fp32",
         timing=Timing(0.0, 0.0, 0.0, 0.0),
     )
 

@@ -177,17 +177,18 @@ def test_settings_have_ranges():
 
 
 def test_a_record_depends_on_the_bundle_every_option_and_for_errors_on_the_limits():
-    key = run_key("a", DecodeOptions(), PhotoLimits())
-    assert run_key("a", DecodeOptions(), PhotoLimits()) == key
-    assert run_key("b", DecodeOptions(), PhotoLimits()).caption != key.caption
+    key = run_key("a", "fp32", DecodeOptions(), PhotoLimits())
+    assert run_key("a", "fp32", DecodeOptions(), PhotoLimits()) == key
+    assert run_key("b", "fp32", DecodeOptions(), PhotoLimits()).caption != key.caption
+    assert run_key("a", "int8", DecodeOptions(), PhotoLimits()).caption != key.caption
     other = {"beam_size": 2, "n_best": 2, "sample": True, "guard": False, "allow_unk": True, "banned_words": ("a",)}
     for field in dataclasses.fields(DecodeOptions):
         value = other.get(field.name, 0.5 if isinstance(field.default, float) else 7)
         needed = {"beam_size": 2} if field.name == "n_best" else {}
-        changed = run_key("a", DecodeOptions(**{**needed, field.name: value}), PhotoLimits())
+        changed = run_key("a", "fp32", DecodeOptions(**{**needed, field.name: value}), PhotoLimits())
         assert changed.caption != key.caption, field.name
         assert changed.error != key.error, field.name
-    smaller = run_key("a", DecodeOptions(), PhotoLimits(max_pixels=5))
+    smaller = run_key("a", "fp32", DecodeOptions(), PhotoLimits(max_pixels=5))
     assert smaller.caption == key.caption
     assert smaller.error != key.error
 

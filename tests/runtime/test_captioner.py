@@ -95,6 +95,7 @@ def test_a_caption_as_json(captioner, photos):
         "retried_for": [],
         "faults": [],
         "provider": "CPUExecutionProvider",
+        "precision": "fp32",
     }
     with_timing = caption.to_dict(timing=True)
     assert set(with_timing.pop("timing")) == {"read_s", "extract_s", "encode_s", "decode_s"}

@@ -191,11 +191,11 @@ def test_a_terminal_without_unicode(run, photos, tmp_path):
         (["--self-test", "--plot", "p.png"], "alone: leave out --plot"),
         (
             ["--self-test", "--beam", "3"],
-            "--self-test goes with --model, --device, --threads and --json alone: leave out",
+            "--self-test goes with --model, --device, --precision, --threads and --json alone: leave out",
         ),
         (
             ["--doctor", "--no-guard"],
-            "--doctor goes with --model, --device, --threads and --json alone: leave out --guard",
+            "--doctor goes with --model, --device, --precision, --threads and --json alone: leave out --guard",
         ),
         (["a.jpg", "--plot", "p.gif"], "a plot's name ends in one of .png, .svg, .pdf, and p.gif does not"),
         (["a.jpg", "-o", ""], "Invalid value for '-o' / '--output': the name is empty"),
@@ -343,9 +343,9 @@ def test_a_device_that_is_not_there_is_one_sentence_and_exit_code_5(run, photos)
 def test_the_self_test(run, tiny_bundle, tmp_path):
     done = run("--self-test", "--device", "cpu")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("self-test passed: tiny, 2 photos on CPUExecutionProvider, log-probabilities within ")
+    assert done.stdout.startswith("self-test passed: tiny, 2 photos on CPUExecutionProvider in fp32, log-")
     record = json.loads(run("--self-test", "--json", "--device", "cpu").stdout)
-    assert (record["status"], record["photos"], record["tolerance"]) == ("ok", 2, 0.001)
+    assert (record["status"], record["photos"], record["precision"], record["tolerance"]) == ("ok", 2, "fp32", 0.001)
     shutil.make_archive(str(tmp_path / "zipped"), "zip", tiny_bundle)
     assert run("--self-test", model="zipped.zip").stdout.startswith("self-test passed")
 

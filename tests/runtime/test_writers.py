@@ -81,11 +81,12 @@ def test_csv_is_read_by_a_csv_reader():
             "ended": "end",
             "strategy": "greedy",
             "provider": "CPUExecutionProvider",
+            "precision": "fp32",
             "error_class": "",
             "error": "",
         },
         {
-            **dict.fromkeys(("caption", "log_prob", "ended", "strategy", "provider"), ""),
+            **dict.fromkeys(("caption", "log_prob", "ended", "strategy", "provider", "precision"), ""),
             "path": "b.jpg",
             "status": "error",
             "error_class": "ImageError",
@@ -96,15 +97,15 @@ def test_csv_is_read_by_a_csv_reader():
 
 def test_csv_quotes_as_rfc_4180_says():
     assert written("csv", Record('a "b", c.jpg', EngineError("no, and no"))).splitlines()[1] == (
-        b'"a ""b"", c.jpg",error,,,,,,EngineError,"no, and no"'
+        b'"a ""b"", c.jpg",error,,,,,,,EngineError,"no, and no"'
     )
 
 
 def test_tsv_has_a_tab_between_columns_and_nowhere_else():
     assert written("tsv", GOOD, BAD).decode().split("\n") == [
-        "path\tstatus\tcaption\tlog_prob\tended\tstrategy\tprovider\terror_class\terror",
-        "photos/a.jpg\tok\ta dog runs\t-3.75\tend\tgreedy\tCPUExecutionProvider\t\t",
-        "b.jpg\terror\t\t\t\t\t\tImageError\tb.jpg does not exist: check the path",
+        "path\tstatus\tcaption\tlog_prob\tended\tstrategy\tprovider\tprecision\terror_class\terror",
+        "photos/a.jpg\tok\ta dog runs\t-3.75\tend\tgreedy\tCPUExecutionProvider\tfp32\t\t",
+        "b.jpg\terror\t\t\t\t\t\t\tImageError\tb.jpg does not exist: check the path",
         "",
     ]
     (line,) = written("tsv", Record("a\tb\n.jpg", GOOD.result)).splitlines()[1:]
@@ -162,7 +163,7 @@ def test_a_table_cut_at_any_line_is_a_table(name):
     for count in range(1, len(whole) + 1):
         rows = list(csv.reader(io.StringIO(b"".join(whole[:count]).decode(), newline=""), **dialect))
         assert len(rows) == count
-        assert {len(row) for row in rows} == {9}
+        assert {len(row) for row in rows} == {10}
         assert [as_named(row[0]) for row in rows[1:]] == HOSTILE[: count - 1]
 
 

@@ -61,4 +61,4 @@ class RunCaptioner:
         decoded = time.perf_counter()
         each = (extracted - start, encoded - extracted, decoded - encoded)
         timing = Timing(0.0, *(seconds / len(pixels) for seconds in each))
-        return [caption_of(guarded, vocabulary, self._grid, "TensorFlow", timing) for guarded in found]
+        return [caption_of(guarded, vocabulary, self._grid, "TensorFlow", "fp32", timing) for guarded in found]
