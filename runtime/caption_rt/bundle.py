@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ __all__ = [
     "ImageSpec",
     "Manifest",
     "TensorSpec",
+    "copy_bundle",
     "default_bundle_path",
     "write_bundle",
 ]
@@ -147,7 +148,7 @@ class Bundle:
         return self._vocabulary
 
     def read(self, name: str) -> bytes:
-        """The verified bytes of a file.
+        """The verified bytes of a file: one that the manifest lists, or the manifest itself.
 
         They are handed out once from memory, so that an open bundle does not hold a second copy of its graphs; a later
         call reads the file again and verifies it again. So does the first one for a file that is not kept: a graph that
@@ -156,7 +157,7 @@ class Bundle:
         Raises:
             BundleError: the manifest lists no such file, or it has changed since the bundle was opened.
         """
-        if name not in self._manifest.files:
+        if name not in self._manifest.files and name != MANIFEST_FILE:
             raise self._located(BundleError(f"the manifest lists no file {printable(name)}"))
         data = self._contents.pop(name, None)
         if data is not None:
@@ -189,7 +190,7 @@ class Bundle:
         data = self._read_file(MANIFEST_FILE, _MAX_MANIFEST_SIZE)
         if len(data) > _MAX_MANIFEST_SIZE:
             raise BundleError(f"{MANIFEST_FILE} is above {_MAX_MANIFEST_SIZE} bytes")
-        self._sha256 = hashlib.sha256(data).hexdigest()
+        self._sha256, self._manifest_size = hashlib.sha256(data).hexdigest(), len(data)
         return Manifest.from_json(parse_json(data, MANIFEST_FILE))
 
     def _verified_contents(self) -> dict[str, bytes]:
@@ -210,7 +211,8 @@ class Bundle:
         return contents
 
     def _verified(self, name: str) -> bytes:
-        spec = self._manifest.files[name]
+        itself = FileSpec(self._sha256, self._manifest_size)
+        spec = itself if name == MANIFEST_FILE else self._manifest.files[name]
         data = self._read_file(name, spec.size)
         if len(data) != spec.size:
             relation = "longer" if len(data) > spec.size else "shorter"
@@ -304,18 +306,43 @@ def write_bundle(
         scores=scores,
         versions=versions,
     )
-    import secrets
-    import shutil  # these two cost every start of the runtime, which only reads
-
     _check_target(target, overwrite)
     try:
         text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as exc:
         raise BundleError(f"the bundle {printable(target)}: its facts are not JSON values: {printable(exc)}") from exc
+    return _place(target, {**contents, MANIFEST_FILE: text.encode()}.items())
+
+
+def copy_bundle(bundle: Bundle, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Bundle:
+    """Write an open bundle, of a folder or a zip file, as a folder: wholly, or not at all, and byte for byte.
+
+    Args:
+        bundle: what to write; files that its manifest does not list stay behind.
+        folder: where the bundle shall be.
+        overwrite: replace a bundle that is already there.
+
+    Returns:
+        The new bundle, opened.
+
+    Raises:
+        BundleError: there is already something in that place, or a file has changed since the bundle was opened.
+        CaptionError: the files cannot be written.
+    """
+    target = Path(folder)
+    _check_target(target, overwrite)
+    return _place(target, ((name, bundle.read(name)) for name in (*sorted(bundle.manifest.files), MANIFEST_FILE)))
+
+
+def _place(target: Path, files: Iterable[tuple[str, bytes]]) -> Bundle:
+    """Write a bundle's files, verify them and give them their place."""
+    import secrets
+    import shutil  # these two cost every start of the runtime, which only reads
+
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     try:
         temporary.mkdir(parents=True)
-        for file_name, data in {**contents, MANIFEST_FILE: text.encode()}.items():
+        for file_name, data in files:
             (temporary / file_name).write_bytes(data)
         Bundle.open(temporary)
         _move(temporary, target)

@@ -10,7 +10,16 @@ import onnx
 import pytest
 
 import caption_rt.bundle
-from caption_rt.bundle import Bundle, DecodingSpec, FileSpec, GridSpec, Manifest, default_bundle_path, write_bundle
+from caption_rt.bundle import (
+    Bundle,
+    DecodingSpec,
+    FileSpec,
+    GridSpec,
+    Manifest,
+    copy_bundle,
+    default_bundle_path,
+    write_bundle,
+)
 from caption_rt.errors import BundleError, CaptionError
 from caption_rt.vocabulary import Vocabulary
 
@@ -407,6 +416,28 @@ def test_writing_again_gives_the_same_bytes(tiny_bundle, tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
     for path in tiny_bundle.iterdir():
         assert (written.path / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_copy_has_the_same_bytes_and_nothing_else(copy, tmp_path, packed):
+    files = {path.name: path.read_bytes() for path in copy.iterdir()}
+    (copy / "left-over.txt").write_text("not listed")
+    bundle = Bundle.open(zip_folder(copy, tmp_path / "copy.zip") if packed else copy)
+    copied = copy_bundle(bundle, tmp_path / "deep" / "new")
+    assert {path.name: path.read_bytes() for path in copied.path.iterdir()} == files
+    assert copied.sha256 == bundle.sha256 == hashlib.sha256(bundle.read("manifest.json")).hexdigest()
+    with pytest.raises(BundleError, match="exists already"):
+        copy_bundle(bundle, copied.path)
+    assert copy_bundle(bundle, copied.path, overwrite=True).sha256 == bundle.sha256
+    assert os.listdir(tmp_path / "deep") == ["new"]
+
+
+def test_a_copy_of_what_changed_is_not_made(copy, tmp_path):
+    bundle = Bundle.open(copy)
+    edit_manifest(copy, lambda data: data.update(name="other"))
+    with pytest.raises(BundleError, match=r"manifest.json is (longer|shorter) than|manifest.json is damaged"):
+        copy_bundle(bundle, tmp_path / "new")
+    assert os.listdir(tmp_path) == ["copy"]
 
 
 def test_a_bundle_is_replaced_only_on_request(tiny_bundle, copy, tmp_path):
