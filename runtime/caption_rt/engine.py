@@ -424,7 +424,10 @@ def _check_tensors(file: str, kind: str, specs: tuple[TensorSpec, ...], actual: 
     """The graph's real inputs or outputs must be those of the manifest, in any order."""
     found = {node.name: node for node in actual}
     if sorted(found) != sorted(spec.name for spec in specs):
-        raise BundleError(f"{file} has the {kind}s {printable(', '.join(sorted(found)))}, not those of its manifest")
+        raise BundleError(
+            f"{file} has the {kind}s {printable(', '.join(sorted(found)))}, not those of its manifest: export the "
+            "model again"
+        )
     for spec in specs:
         node = found[spec.name]
         # A free axis is a name, or None where the graph has no name for it.
@@ -433,5 +436,5 @@ def _check_tensors(file: str, kind: str, specs: tuple[TensorSpec, ...], actual: 
         if shape != wanted or _DTYPES.get(node.type) != spec.dtype:
             raise BundleError(
                 f"{file}: the {kind} {spec.name} is {printable(node.type)} {printable(list(node.shape))}, "
-                f"and its manifest states {spec.dtype} {list(spec.shape)}"
+                f"and its manifest states {spec.dtype} {list(spec.shape)}: export the model again"
             )

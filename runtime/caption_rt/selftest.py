@@ -62,7 +62,16 @@ def run_self_test(
         BundleError: the bundle's self-test cannot be read.
         EngineError: other words came, or log-probabilities further off than the bundle allows.
     """
-    fields = Fields(bundle.selftest(), SELFTEST_FILE)
+    data = bundle.selftest()
+    try:
+        return _run(Fields(data, SELFTEST_FILE), bundle, precision, caption, on)
+    except BundleError as exc:
+        raise bundle.spoilt(exc) from exc
+
+
+def _run(
+    fields: Fields, bundle: Bundle, precision: str, caption: CaptionPixels, on: Callable[[NDArray[np.uint8]], Stepper]
+) -> SelfTest:
     searched = precision == "fp32"
     options, tolerances = _options(fields.inner("options")), fields.inner("tolerance")
     tolerance = tolerances.number("log_prob" if searched else f"{precision}_word_log_prob")

@@ -9,7 +9,7 @@ from caption_rt.selftest import SelfTest
 
 def test_the_self_test_passes_with_results_that_another_program_made(captioner):
     result = captioner.self_test()
-    assert result == SelfTest(2, "CPUExecutionProvider", result.max_difference, 1e-3)
+    assert result == SelfTest(2, "CPUExecutionProvider", "fp32", result.max_difference, 1e-3)
     assert 0 <= result.max_difference < 1e-5
     assert captioner.self_test() == result
 
@@ -17,7 +17,10 @@ def test_the_self_test_passes_with_results_that_another_program_made(captioner):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data["expected"][1]["token_ids"].append(3), "for board the token ids [0] came instead of [0, 3]"),
+        (
+            lambda data: data["expected"][1].update(token_ids=[0, 3], word_log_probs=[-1.0, -1.0]),
+            "for board the token ids [0] came instead of [0, 3]",
+        ),
         (lambda data: data["expected"][0].update(log_prob=-20.0), "a log-probability of slope is "),
         (lambda data: data["expected"][0]["word_log_probs"].__setitem__(0, -9.0), "and 0.001 is allowed"),
     ],
@@ -49,7 +52,8 @@ def test_a_self_test_that_cannot_be_read_is_a_bundle_error(copy, change, message
     change_file(copy, "selftest.json", change)
     with pytest.raises(BundleError) as caught:
         Captioner.load(copy, "cpu").self_test()
-    assert "selftest.json: " in str(caught.value)
+    assert str(caught.value).startswith(f"the bundle {copy}: selftest.json: ")
+    assert str(caught.value).endswith("; copy it again from its source, or export the model again")
     assert message in str(caught.value)
 
 
