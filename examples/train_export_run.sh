@@ -14,8 +14,7 @@ fi
 data=$1 out=$2
 shift 2
 
-caption-train train "$data" "$out/run" --limit 300 --until training --extractor-weights none --width 0.25 --size 139 \
-  --embedding-dim 64 --units 128 --vocabulary 500 --max-words 12 --epochs 10 --learning-rate 0.004
+caption-train train "$data" "$out/run" --limit 300 --until training --config "$(dirname "$0")/tiny.toml"
 caption-train evaluate "$data" "$out/run" --show 3 --no-java
 caption-export "$out/run" "$out/bundle" --photos "$(dirname "$1")" --overwrite
 caption-rt --model "$out/bundle" --self-test

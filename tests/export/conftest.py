@@ -124,6 +124,20 @@ def reset_graphs(reset_run: Run, graphs: dict[str, ExportedGraph]) -> dict[str, 
 
 
 @pytest.fixture(scope="session")
+def mean_run(run: Run) -> Run:
+    """The same weights in a model whose state begins with the mean feature, as in the paper."""
+    from caption_train.model import CaptionModel
+
+    model = CaptionModel(replace(run.model.config, initial_state="mean"))
+    model.encoder.set_weights(run.model.encoder.get_weights())
+    rng = np.random.default_rng(11)
+    known = {weight.path: weight.numpy() for weight in run.model.decoder.weights}
+    for weight in model.decoder.weights:
+        weight.assign(known[weight.path] if weight.path in known else rng.normal(0, 0.5, weight.shape))
+    return replace(run, model=model)
+
+
+@pytest.fixture(scope="session")
 def reference(run: Run) -> TensorFlowPipeline:
     """Its networks in TensorFlow."""
     from caption_export.pipelines import TensorFlowPipeline

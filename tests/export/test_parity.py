@@ -7,6 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from caption_export import parity
 from caption_export.errors import ExportError
+from caption_export.graphs import build_graph
 from caption_export.parity import BATCH_SIZES, TOLERANCES, Tolerance, verify
 from caption_export.pipelines import OnnxPipeline, TensorFlowPipeline, best_captions
 from caption_export.structure import check_structure
@@ -85,6 +86,18 @@ def test_exported_graphs_are_equal(reference, graphs, reset_run, reset_graphs, r
     assert [graph.size for graph in report.graphs] == [len(graph.data) for graph in graphs.values()]
     assert report.graphs[2].nodes == sum(report.graphs[2].operators.values()) == (30 if recurrence == "carry" else 26)
     assert report.tensors[0].tolerance == Tolerance(5e-4, 5e-4)
+
+
+def test_the_state_from_the_mean_feature_is_the_encoders(graphs, mean_run, compared):
+    reference = TensorFlowPipeline(mean_run)
+    graphs = {**graphs, "encoder": build_graph(mean_run, "encoder")}
+    report = verify(reference, graphs, compared, SEARCHES, mean_run.vocabulary)
+    differences = {tensor.tensor: tensor.max_difference for tensor in report.tensors}
+    assert 0 < differences["initial_state"] < 1e-6
+    assert max(differences.values()) < 5e-5
+    grid = reference.run("extractor", {"images": np.stack([photo.pixels for photo in compared])})["grid"]
+    state = reference.run("encoder", {"grid": grid})["initial_state"]
+    assert state.std(axis=0).min() > 1e-4  # each photo has its own
 
 
 def test_the_photos_of_these_tests_get_different_captions(reference, compared, run):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # These import TensorFlow at their head. Without it they are left out, unless nothing may be (see tests/conftest.py).
 NEED_TENSORFLOW = [
+    "test_batches.py",
     "test_cli.py",
     "test_distill.py",
     "test_distributed.py",
@@ -15,9 +16,14 @@ NEED_TENSORFLOW = [
     "test_importing.py",
     "test_inception.py",
     "test_model.py",
+    "test_objectives.py",
+    "test_optimizer.py",
+    "test_precision.py",
+    "test_recurrence.py",
     "test_runs.py",
     "test_second_stages.py",
     "test_self_critical.py",
+    "test_sheets.py",
     "test_training.py",
 ]
 

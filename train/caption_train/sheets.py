@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -62,7 +63,8 @@ def draw_sheet(rows: Sequence[SheetRow], path: Path) -> None:
     except OSError as exc:
         raise TrainingError(f"{path} cannot be written: {exc.strerror or exc}") from exc
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, row: SheetRow, top: int) -> None:
