@@ -14,6 +14,7 @@ import pytest
 from caption_rt.errors import OptionsError
 from caption_train.distributed import Distribution, distribution
 from caption_train.files import read_json_lines
+from shapes import write_flickr8k
 
 pytestmark = pytest.mark.tf
 
@@ -24,13 +25,12 @@ CHANGES = ("model.dropout=0", "training.batch_size=6", "training.epochs=2", "tra
 CHILD = """
     import os, signal, sys
     from pathlib import Path
-    sys.path[:0] = sys.argv[1].split(os.pathsep)
     import tensorflow as tf
     from caption_train.distributed import Distribution, distribution
     from caption_train.training import Trainer
     from tiny_training import tiny_data, tiny_settings
 
-    kind, folder, dies_at, changes = sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]
+    kind, folder, dies_at, changes = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
     if kind == "devices":
         cpus = [tf.config.LogicalDeviceConfiguration()] * 2
         tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], cpus)
@@ -60,35 +60,30 @@ CHILD = """
 """
 
 
-def start(kind: str, folder: Path, *, dies_at: int = 0, config: Any = None) -> subprocess.Popen[str]:
-    here = Path(__file__).resolve().parent
-    paths = os.pathsep.join(map(str, (here, here.parent, *sys.path)))
+def started(command: list[str], config: dict[str, Any] | None = None) -> subprocess.Popen[str]:
+    """A process, with what TF_CONFIG is to say."""
     environment = {key: value for key, value in os.environ.items() if key != "TF_CONFIG"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     if config is not None:
         environment["TF_CONFIG"] = json.dumps(config)
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(CHILD), paths, kind, str(folder), str(dies_at), *CHANGES],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def start_pair(folder: Path, dies_at: int = 0) -> list[subprocess.Popen[str]]:
+def cluster() -> list[dict[str, Any]]:
+    """Two workers on free ports of this machine."""
     sockets = [socket.create_server(("localhost", 0)) for _ in range(2)]
     addresses = [f"localhost:{s.getsockname()[1]}" for s in sockets]
     for open_socket in sockets:
         open_socket.close()
-    return [
-        start(
-            "workers",
-            folder,
-            dies_at=dies_at,
-            config={"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}},
-        )
-        for index in range(2)
-    ]
+    return [{"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}} for index in range(2)]
+
+
+def start(kind: str, folder: Path, *, dies_at: int = 0, config: dict[str, Any] | None = None) -> subprocess.Popen[str]:
+    return started([sys.executable, "-c", textwrap.dedent(CHILD), kind, str(folder), str(dies_at), *CHANGES], config)
+
+
+def start_pair(folder: Path, dies_at: int = 0) -> list[subprocess.Popen[str]]:
+    return [start("workers", folder, dies_at=dies_at, config=config) for config in cluster()]
 
 
 def ended(*processes: subprocess.Popen[str]) -> list[str]:
@@ -151,11 +146,50 @@ def test_a_process_that_is_killed(alone: Path, tmp_path: Path) -> None:
     outputs = [process.communicate(timeout=120)[0] for process in pair]
     assert pair[1].returncode == -signal.SIGKILL
     assert pair[0].returncode == 1, outputs[0]
-    assert "caption_train.errors.TrainingError: step 6: " in outputs[0]
+    assert "caption_train.errors.TrainingError: step 6: Collective ops is aborted by: " in outputs[0]
     assert len(losses(tmp_path)) == 6
     _, second = ended(*start_pair(tmp_path))
     assert_same_run(tmp_path, alone)
     assert "photos read: 2\n" in second  # steps 7 and 8
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on(alone: Path, tmp_path: Path) -> None:
+    """Nothing in the run folder depends on how many there are."""
+    from caption_train.training import Trainer
+    from tiny_training import tiny_data, tiny_settings
+
+    for process in start_pair(tmp_path, dies_at=6):
+        process.communicate(timeout=120)
+    trainer = Trainer(tiny_settings(*CHANGES), *tiny_data(tmp_path / "data"), tmp_path / "run")
+    assert int(trainer.step) == 6
+    trainer.run()
+    assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_fine_tuning_by_the_command_in_two_processes(tmp_path: Path) -> None:
+    """The whole path: one makes the run and the cache, both have the network that learns, one scores."""
+    data = write_flickr8k(tmp_path / "set", range(0, 24, 3), (27, 30, 33), captions=["{}"] * 5)
+    settings = (
+        *("extractor.weights=none", "extractor.width=0.1", "extractor.size=75", "extractor.layer=mixed1"),
+        *("extractor.trainable_from=mixed1", "extractor.learning_rate=0.002", "captions.min_count=1"),
+        *("model.embedding_dim=12", "model.units=16", "model.dropout=0", "training.precision=float32"),
+        *("training.batch_size=10", "training.epochs=2", "training.learning_rate=0.005"),
+    )
+    changes = [word for setting in settings for word in ("--set", setting)]
+
+    def command(folder: Path, config: dict[str, Any] | None) -> subprocess.Popen[str]:
+        run = [sys.executable, "-c", "import sys; from caption_train.cli import main; sys.exit(main())", "train"]
+        return started([*run, str(data), str(folder / "run"), "--cache", str(tmp_path / "grids"), *changes], config)
+
+    (alone, one) = (tmp_path / "alone", tmp_path / "pair")
+    ended(command(alone, None))
+    first, second = ended(*(command(one, config) for config in cluster()))
+    assert "CIDEr" in first
+    assert "CIDEr" not in second
+    np.testing.assert_allclose(losses(one), losses(alone), rtol=1e-3)
+    assert losses(one)[-1] < losses(one)[0]
 
 
 def test_photos_are_dealt_with_all_of_their_captions() -> None:

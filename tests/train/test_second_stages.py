@@ -35,6 +35,7 @@ TUNED = (
 )
 CRITICAL = (
     *("training.objective=self_critical", "training.learning_rate=0.01", "extractor.trainable_from=none"),
+    "training.baseline=greedy",
     *("training.epochs=2", "training.checkpoint_steps=2", "training.batch_size=16"),
 )
 

@@ -18,5 +18,10 @@ class TrainingError(CaptionError, RuntimeError):
 
 
 def first_line(exc: BaseException) -> str:
-    """What a foreign error says, cut to its first line: Keras and TensorFlow append lists of every variable."""
-    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
+    """What a foreign error says, cut to its first line: Keras and TensorFlow append lists of every variable.
+
+    Of an error within a graph TensorFlow first says where in the program it was built; that is passed over.
+    """
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    where = ("Graph execution error:", "Detected at node", 'File "', "<stack traces unavailable>")
+    return next((line for line in lines if not line.startswith(where)), lines[0] if lines else type(exc).__name__)

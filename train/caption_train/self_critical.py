@@ -28,7 +28,7 @@ from caption_train.batches import Batch, make_batch
 from caption_train.cider import CiderD
 from caption_train.datasets import CaptionedImage
 from caption_train.model import CaptionModel
-from caption_train.objectives import Loss
+from caption_train.objectives import Loss, cross_entropy
 from caption_train.settings import Baseline
 from caption_train.sources import FeatureSource
 
@@ -214,8 +214,7 @@ class SelfCritical:
         """The sums; see `caption_train.objectives.Objective`. `seed` is not used: there is no dropout."""
         taught = model.teach(grid, batch.photos, batch.tokens, pad_id=self._rules.pad_id, seed=None)
         words = tf.cast(tf.size(taught.targets), tf.float32)
-        each = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=taught.targets, logits=taught.logits)
-        allowed = taught.logits + self._rules.mask(model.config.vocabulary_size)
-        spoken = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=taught.targets, logits=allowed)
+        each = cross_entropy(taught.logits, taught.targets)
+        spoken = cross_entropy(taught.logits + self._rules.mask(model.config.vocabulary_size), taught.targets)
         total = tf.reduce_sum(spoken * tf.gather(batch.weights, taught.captions))
         return Loss(total, tf.reduce_sum(each), words)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from caption_rt.errors import OptionsError
 from caption_rt.vocabulary import Vocabulary
 from caption_train.batches import CaptionData, caption_data
+from caption_train.cache import GridCache
 from caption_train.checkpoints import Checkpoints
 from caption_train.datasets import CaptionedImage, Dataset
 from caption_train.distributed import Distribution
@@ -245,9 +246,7 @@ def prepare(folder: Path, dataset: Dataset, cache_folder: Path, workers: Distrib
     settings = run_settings(folder)
     images = [*dataset.train, *dataset.validation]
     with workers.chief_first():
-        with workers.scope():
-            extractor, config = load_extractor(folder)
-        source, rows = _source_of(settings, extractor, config, cache_folder, images, fill=workers.is_chief)
+        cache, rows = _cached(settings, folder, cache_folder, images, fill=workers.is_chief)
         vocabulary = build_vocabulary(folder, dataset, settings)
     max_words = settings.captions.max_words
     train, validation = np.split(rows, [len(dataset.train)])
@@ -255,29 +254,28 @@ def prepare(folder: Path, dataset: Dataset, cache_folder: Path, workers: Distrib
         caption_data(dataset.train, train, vocabulary, max_words),
         caption_data(dataset.validation, validation, vocabulary, max_words),
         vocabulary,
-        source,
+        _source_of(settings, folder, cache, workers),
     )
 
 
-def _source_of(
-    settings: Settings,
-    extractor: keras.Model,
-    config: ExtractorConfig,
-    cache_folder: Path,
-    images: Sequence[CaptionedImage],
-    *,
-    fill: bool,
-) -> tuple[FeatureSource, NDArray[np.int64]]:
-    """Where the photos' grids come from, and their rows; what the cache lacks is computed if it may be filled."""
-    cached, cached_config = extractor, config
+def _cached(
+    settings: Settings, folder: Path, cache_folder: Path, images: Sequence[CaptionedImage], *, fill: bool
+) -> tuple[GridCache, NDArray[np.int64]]:
+    """What is kept of photos, and their rows; what the cache lacks is computed if it may be filled."""
+    extractor, config = load_extractor(folder)
     if (block := settings.extractor.learns_from) is not None:
-        cached, cached_config = lower_part(extractor, config, block)
-    cache = open_cache(cache_folder, cached, cached_config)
-    rows = grids_of(cache, cached, cached_config, images) if fill else cache.rows([image.path for image in images])
-    if block is None:
-        return CachedGrids(cache), rows
-    dtype = dtype_of_products(settings.training.precision)
-    return FineTunedBlocks(cache, extractor, config, block, dtype), rows
+        extractor, config = lower_part(extractor, config, block)
+    cache = open_cache(cache_folder, extractor, config)
+    return cache, grids_of(cache, extractor, config, images) if fill else cache.rows([image.path for image in images])
+
+
+def _source_of(settings: Settings, folder: Path, cache: GridCache, workers: Distribution) -> FeatureSource:
+    """Where grids come from. All processes make a network that learns at the same time: its weights are the chief's."""
+    if (block := settings.extractor.learns_from) is None:
+        return CachedGrids(cache)
+    with workers.scope():
+        extractor, config = load_extractor(folder)
+        return FineTunedBlocks(cache, extractor, config, block, dtype_of_products(settings.training.precision))
 
 
 def trainer_of(folder: Path, dataset: Dataset, cache_folder: Path, workers: Distribution | None = None) -> Trainer:
