@@ -38,7 +38,7 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a folder of photos")
-    parser.add_argument("--weights", default="none", help="as in `caption-train train --extractor-weights`")
+    parser.add_argument("--weights", default="none", help="as the setting extractor.weights")
     parser.add_argument("--layer", default="mixed8")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--photos", type=int, default=128, help="how many, taken again and again where there are fewer")

@@ -10,6 +10,7 @@ import pytest
 import caption_export.cli
 import caption_rt.cli
 import caption_train.cli
+from caption_train.settings import KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "models" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,6 +57,7 @@ def test_there_are_commands_to_look_at():
         "caption-rt",
         "caption-export",
         "caption-train train",
+        "caption-train settings",
         "caption-train evaluate",
         *["caption-train distill", "caption-train fetch", "caption-train report"],
         *["caption-train caption", "caption-train import-tutorial"],
@@ -83,4 +85,18 @@ def test_options_of_training_in_the_documents_are_there():
     known = {option for command in COMMANDS.values() for param in command.params for option in param.opts}
     known |= {"--help", "--version"}
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    text = re.sub(r"`python [^`]+`", "", text)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
+
+
+def test_settings_in_the_documents_are_there():
+    sections = "|".join(sorted({key.partition(".")[0] for key in KEYS}))
+    found = {
+        key
+        for path in DOCUMENTS
+        for line in code(path.read_text(encoding="utf-8"))
+        for key in re.findall(rf"(?<![\w./-])((?:{sections})\.[a-z]\w+)(?![\w./(])", line)
+    }
+    assert "training.epochs" in found
+    files = {name for name in found if name.endswith((".csv", ".json", ".jsonl", ".onnx"))}
+    assert found - files <= set(KEYS)

@@ -46,7 +46,7 @@ def distill(
 ) -> None:
     """Train a small extractor to reproduce a large one's grid, on the photos of the folders PHOTOS (no captions).
 
-    Give OUT to 'train' as --extractor-weights. After a stop, the same command goes on.
+    Give OUT to 'train' as the setting extractor.weights. After a stop, the same command goes on.
     """
     paths = [path for folder in photos for path in photos_in(folder)]
     if exclude is not None:
