@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from caption_rt.vocabulary import normalize_caption
-from caption_train.datasets import load_flickr8k
+from caption_train.datasets import load_dataset
 from caption_train.errors import DatasetError
 
 pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed (extra train)")
@@ -76,7 +76,7 @@ def test_nothing_to_score_against() -> None:
 @pytest.mark.data
 def test_equal_to_pycocoevalcap_on_real_captions_and_thousands_a_second(shared: Path) -> None:
     """One real caption of each photo, and one of another photo, against the other four."""
-    images = load_flickr8k(shared / "flickr8k").validation
+    images = load_dataset(shared / "flickr8k").validation
     texts = [[" ".join(normalize_caption(caption)) for caption in image.captions] for image in images]
     references = [photo[1:] for photo in texts]
     for candidates in ([photo[0] for photo in texts], [photo[0] for photo in texts[1:] + texts[:1]]):
