@@ -409,8 +409,7 @@ def _load_keras(model: keras.Model, weights: str) -> None:
         if weights != "imagenet":
             raise TrainingError(f"{weights} does not hold Keras' InceptionV3 without top: {first_line(exc)}") from exc
         raise TrainingError(
-            f"Keras could not download the ImageNet weights ({first_line(exc)}): give a weights file "
-            "instead"
+            f"Keras could not download the ImageNet weights ({first_line(exc)}): give a weights file instead"
         ) from exc
     copy_weights(source, model)
 
