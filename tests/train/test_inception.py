@@ -360,7 +360,7 @@ def test_imagenet_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(keras.applications, "InceptionV3", download)
     model = build_extractor(ExtractorConfig(size=75, layer="mixed0"))
-    with pytest.raises(TrainingError, match=r"could not download .*unreachable\): give a weights file with --extr"):
+    with pytest.raises(TrainingError, match=r"could not download .*unreachable\): give a weights file instead$"):
         load_extractor_weights(model, "imagenet")
 
 
