@@ -60,7 +60,14 @@ _BOUND_TYPES = frozenset({"cuda"})
 _CPU_PHOTOS = 4
 # What a bundle is run in on a device where nothing else is asked for: the first that it has.
 _PREFERRED = {"cuda": ("fp16", "fp32", "int8"), "cpu": ("int8", "fp32", "fp16")}
-_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(int64)": "int64"}
+_DTYPES = {
+    "tensor(uint8)": "uint8",
+    "tensor(float)": "float32",
+    "tensor(int64)": "int64",
+    # These two have no part in a bundle, but in the one graph that the exporter makes of it.
+    "tensor(bool)": "bool",
+    "tensor(string)": "string",
+}
 
 
 class Graph:
