@@ -146,8 +146,8 @@ def _encoder(run: Run) -> Function:
         # A Keras layer would do the same with a reshape and its shape arithmetic on either side.
         features = tf.nn.relu(tf.matmul(grid, kernel) + bias)  # [n, P, E]
         keys = tf.matmul(features, key_kernel) + key_bias  # [n, P, A]
-        _, _, initial_state = model.encode(grid)  # the model's own rule, whichever it is; the rest of it is not used
-        return {"features": features, "keys": keys, "initial_state": initial_state}
+        # The model's own rule, whichever it is.
+        return {"features": features, "keys": keys, "initial_state": model.decoder.first_state(features)}
 
     return encoder
 

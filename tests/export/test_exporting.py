@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import subprocess
@@ -57,7 +58,7 @@ def test_the_command_says_only_its_own_lines(exported):
     folder, done = exported
     assert done.stderr.splitlines() == [
         f"passed over: {folder.parents[1] / 'photos' / 'broken.jpg'} is not an image, or its beginning is damaged: "
-        + ", ".join(FORMATS)
+        + ", ".join([*FORMATS, *(["HEIC"] if importlib.util.find_spec("pillow_heif") else [])])
         + " are read",
         "converting the extractor",
         "converting the encoder",
