@@ -1,6 +1,6 @@
 """Captions a second in training: this trainer beside the loop of TensorFlow's image-captioning tutorial, in one run.
 
-    python benchmarks/training.py [--captions Flickr8k/Flickr8k.token.txt] [--channels 2048]
+    python benchmarks/training.py [--captions Flickr8k/Flickr8k.token.txt] [--channels 2048] [--all]
 
 Both train the same model (embedding 256, units 512, 5,000 words, a grid of 8x8 places) on batches of 64 captions of the
 same lengths. The tutorial's loop, written anew from its description, pads every caption to one length, 20 or 50, and
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=8, help="Steps of the tutorial's loop; this trainer takes 3 to each."
     )
+    parser.add_argument("--all", action="store_true", help="Also in float32, and with another grouping of captions.")
     options = parser.parse_args()
     lengths = token_counts(options.captions)
     print(f"{len(lengths)} captions of {lengths.mean():.1f} tokens, batches of {BATCH}, {options.channels} channels")
@@ -188,11 +189,12 @@ def main() -> None:
     for padded in options.padded:
         cut = np.minimum(lengths, padded)
         theirs = tutorial_steps(cut, options.channels, padded)
-        for name, changes in (
+        kinds = [
             ("default", []),
             ("float32", ["training.precision=float32"]),
             ("captions of similar length, a photo each", ["training.grouping=lengths"]),
-        ):
+        ]
+        for name, changes in kinds if options.all else kinds[:1]:
             with tempfile.TemporaryDirectory() as folder:
                 ours = our_steps(cut, options.channels, Path(folder), *changes)
                 compare(f"tutorial padded to {padded}; ours: {name}", ours, theirs, options.rounds)
