@@ -10,13 +10,18 @@ from collections.abc import Sequence
 import click
 
 from caption_export.cli_export import export
+from caption_export.cli_graph import graph
+from caption_export.cli_inspect import inspect
+from caption_export.cli_pack import pack
+from caption_export.cli_unpack import unpack
+from caption_export.cli_verify import verify
 from caption_rt import __version__
 from caption_rt.console import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see `caption_rt.console.run_command`."""
-    return run_command(command, "caption-export", arguments, extra="export")
+    return run_command(command, "caption-export", arguments, extra="export", names={"overwrite": "--overwrite"})
 
 
 class _ExportByDefault(click.Group):
@@ -41,6 +46,10 @@ def command() -> None:
 
     \b
       caption-export RUN OUT --photos DIR     the command "export", if none is named
+      caption-export inspect BUNDLE           what is in it
+      caption-export verify BUNDLE            whether it is what it says, without TensorFlow
+      caption-export pack BUNDLE ZIP          the same in one file, and back: unpack ZIP BUNDLE
+      caption-export graph BUNDLE FILE        one ONNX file of it, for any language
 
     Exit codes: 0 done, 1 disk, 2 options, 3 bundle, 6 no photos or no data set, 7 run, 8 not exportable or not equal,
     130 interrupted (Ctrl-C).
@@ -56,5 +65,5 @@ def command() -> None:
     os.environ["KERAS_BACKEND"] = "tensorflow"  # there is no other for these models, whatever Keras is set to
 
 
-for _part in (export,):
+for _part in (export, graph, inspect, verify, pack, unpack):
     command.add_command(_part)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import onnx
 from onnx import AttributeProto, ModelProto, TensorProto, ValueInfoProto
 
 from caption_export.canonical import DTYPES, OPSET, operators
 from caption_export.errors import ExportError
-from caption_export.graphs import ExportedGraph
-from caption_rt.bundle import TensorSpec
+from caption_rt.bundle import GraphSpec, TensorSpec
 from caption_rt.errors import printable
+
+if TYPE_CHECKING:  # it imports TensorFlow, and a graph of a bundle is looked at without
+    from caption_export.graphs import ExportedGraph
 
 _LEFT_FROM_TRAINING = ("BatchNormalization", "Dropout")
 
@@ -42,13 +45,27 @@ def check_structure(graph: ExportedGraph) -> GraphReport:
     Raises:
         ExportError: Naming the graph and the tensor or node.
     """
-    where = f"the {graph.name} graph"
+    return check_model(graph.name, graph.data, graph.spec)
+
+
+def check_model(name: str, data: bytes, spec: GraphSpec) -> GraphReport:
+    """See the same of a graph that is a file's bytes.
+
+    Args:
+        name: "extractor", "encoder" or "decoder".
+        data: The serialised ONNX model.
+        spec: What it must be.
+
+    Raises:
+        ExportError: Naming the graph and the tensor or node.
+    """
+    where = f"the {name} graph"
     try:
-        model = onnx.load_model_from_string(graph.data)
+        model = onnx.load_model_from_string(data)
     except Exception as exc:  # protobuf's errors have no common root below Exception
         raise ExportError(f"{where} is not an ONNX model: {printable(exc)}") from exc
-    _check_tensors(where, "input", model.graph.input, graph.spec.inputs)
-    _check_tensors(where, "output", model.graph.output, graph.spec.outputs)
+    _check_tensors(where, "input", model.graph.input, spec.inputs)
+    _check_tensors(where, "output", model.graph.output, spec.outputs)
     for constant in model.graph.initializer:
         if constant.data_location == TensorProto.EXTERNAL or constant.external_data:
             raise ExportError(f"{where} keeps the data of {printable(constant.name)} outside the file")
@@ -58,7 +75,7 @@ def check_structure(graph: ExportedGraph) -> GraphReport:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
         raise ExportError(f"{where} is not valid ONNX: {printable(exc)}") from exc
-    return GraphReport(graph.name, len(graph.data), opset, operators(model))
+    return GraphReport(name, len(data), opset, operators(model))
 
 
 def _check_tensors(where: str, kind: str, found: Sequence[ValueInfoProto], wanted: Sequence[TensorSpec]) -> None:

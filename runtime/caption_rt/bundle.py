@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from caption_rt._fields import parse_json
 from caption_rt._graph_file import check_graph_file
-from caption_rt.errors import BundleError, CaptionError, printable
+from caption_rt.errors import BundleError, CaptionError, Parameter, printable
 from caption_rt.manifest import (
     FORMAT_VERSION,
     GRAPH_TENSORS,
@@ -166,6 +166,10 @@ class Bundle:
             return self._verified(name)
         except BundleError as exc:
             raise self.spoilt(exc) from exc
+
+    def let_go(self, name: str) -> None:
+        """Do not hold a file's bytes in memory any longer; `read` gives them from the disk."""
+        self._contents.pop(name, None)
 
     def selftest(self) -> dict[str, Any]:
         """The object of ``selftest.json``: inputs, and the results the training side got for them.
@@ -357,7 +361,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise BundleError(f"{printable(target)} exists already: ask for it to be overwritten, or name another folder")
+        raise BundleError(
+            f"{printable(target)} exists already: name another folder, or replace it with ", Parameter("overwrite")
+        )
     # Overwriting removes the whole folder: what is not a bundle is not ours to remove.
     if (
         target.is_symlink()
