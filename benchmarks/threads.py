@@ -47,7 +47,7 @@ class Photo:
         self.words = words
         self.sessions = {
             name: onnxruntime.InferenceSession(bundle.read(spec.file), options, providers=["CPUExecutionProvider"])
-            for name, spec in bundle.manifest.graphs.items()
+            for name, spec in bundle.manifest.precisions["fp32"].items()
         }
         size = bundle.manifest.image.size
         self.images = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
