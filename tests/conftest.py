@@ -17,6 +17,8 @@ def shared_folder() -> Path:
 
 
 def pytest_configure() -> None:
+    # Neither tests nor the processes that they start leave graphs in the user's cache, or find some there.
+    os.environ["CAPTION_RT_CACHE"] = "off"
     # A shell without job control starts background commands with SIGINT ignored, and so would the tests' processes be.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -3,13 +3,13 @@
 import functools
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from caption_rt import _cuda
+from caption_rt import _cuda, graph_cache
 from caption_rt._gather import gather_model
 from caption_rt._rows import Decoded, DeviceRows, Encoded, Gather, Rows, engine_errors, padded, run_bound
 from caption_rt.bundle import PRECISIONS, Bundle, GraphSpec, TensorSpec
@@ -74,11 +74,13 @@ class Graph:
     """One ONNX graph in a session of its own.
 
     Args:
-        model: the ONNX file's bytes.
+        model: the ONNX file's bytes, or what gives them if they are needed.
         spec: what its inputs and outputs must be.
         device: one of `caption_rt.devices.DEVICES`.
         intra_op_threads: threads that share the work of one operator; None for as many as there are physical cores that
             this process may use, see `caption_rt.threads.thread_count`.
+        sha256: that of the ONNX file, under which the graph as it is optimised for this machine's processor is kept and
+            found again (see `caption_rt.graph_cache`); None where it is not to be kept.
 
     Raises:
         OptionsError: an unknown device, or fewer than 1 thread.
@@ -86,13 +88,21 @@ class Graph:
         EngineError: ONNX Runtime cannot load the graph, or the device cannot be used.
     """
 
-    def __init__(self, model: bytes, spec: GraphSpec, device: str = "cpu", intra_op_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: bytes | Callable[[], bytes],
+        spec: GraphSpec,
+        device: str = "cpu",
+        intra_op_threads: int | None = None,
+        *,
+        sha256: str | None = None,
+    ) -> None:
         """Load the graph."""
         self._spec = spec
         self._names = [tensor.name for tensor in spec.outputs]
         chosen, _ = _choose(device)
         self._device = chosen
-        self._session = _session(model, spec.file, chosen, intra_op_threads)
+        self._session = _session(model, spec.file, chosen, intra_op_threads, sha256)
         _check_tensors(spec.file, "input", spec.inputs, self._session.get_inputs())
         _check_tensors(spec.file, "output", spec.outputs, self._session.get_outputs())
 
@@ -281,7 +291,14 @@ class Engine:
 
         def load(name: str) -> Graph:
             spec = precisions[self._precision][name]
-            return Graph(bundle.read(spec.file), spec, self._device.name, intra_op_threads)
+            file = bundle.manifest.files[spec.file]
+            # In fp32 there is little to optimise, and as much to read and to hash again: it would load more slowly.
+            worth = self._precision != "fp32" and file.size >= graph_cache.LEAST_SIZE
+            kept = file.sha256 if worth else None
+            try:
+                return Graph(lambda: bundle.read(spec.file), spec, self._device.name, intra_op_threads, sha256=kept)
+            finally:
+                bundle.let_go(spec.file)
 
         bound = self._device.type in _BOUND_TYPES
         gather = _gather(self._device, intra_op_threads) if bound else None
@@ -366,14 +383,53 @@ def _gather(device: Device, intra_op_threads: int | None = None) -> Gather:
     return Gather(_session(gather_model(), "the graph that picks rows", device, intra_op_threads), device)
 
 
-def _session(model: bytes, name: str, device: Device, intra_op_threads: int | None) -> Any:
-    """A session on a device, or an error.
+def _session(
+    model: bytes | Callable[[], bytes],
+    name: str,
+    device: Device,
+    intra_op_threads: int | None,
+    sha256: str | None = None,
+) -> Any:
+    """A session on a device, or an error; see `Graph`.
 
     Raises:
         OptionsError: fewer than 1 thread.
         EngineError: ONNX Runtime cannot load the graph, or does not run it on the device.
     """
+
+    def read() -> bytes:
+        return model if isinstance(model, bytes) else model()
+
+    folder = graph_cache.cache_folder() if sha256 is not None and device.type == "cpu" else None
+    if sha256 is None or folder is None:
+        return _new_session(read(), name, device, _session_options(intra_op_threads))
+    cache, key = graph_cache.GraphCache(folder), graph_cache.graph_key(sha256, onnxruntime.__version__)
+    if (optimised := cache.find(key)) is not None:
+        options = _session_options(intra_op_threads)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            return _new_session(optimised, name, device, options)
+        except EngineError as exc:
+            _log.info("the optimised graph of %s is thrown away: %s", name, exc)
+            cache.drop(key)
     options = _session_options(intra_op_threads)
+    with cache.writing(key) as path:
+        if path is not None:
+            options.optimized_model_filepath = str(path)
+            try:
+                return _new_session(read(), name, device, options)
+            except EngineError:
+                # Whether it is the graph, or the disk that is full, shows without the file.
+                options.optimized_model_filepath = ""
+        return _new_session(read(), name, device, options)
+
+
+def _new_session(model: bytes, name: str, device: Device, options: Any) -> Any:
+    """A session on a device with all its options.
+
+    Raises:
+        EngineError: ONNX Runtime cannot load the graph, or does not run it on the device.
+    """
     cuda = (_CUDA, _CUDA_OPTIONS | {"device_id": str(device.number)})
     providers = [cuda, _CPU] if device.type == "cuda" else [_CPU]
     with engine_errors(f"ONNX Runtime {onnxruntime.__version__} cannot load {name}"):

@@ -1,0 +1,173 @@
+"""Graphs as ONNX Runtime optimised them for this machine, kept in the user's cache: they load in half the time.
+
+A bundle's graphs cannot be so themselves: they would hold nodes for one processor's layout of memory. What is kept is
+named by all that it depends on, and by its own SHA-256; what has another one, or belongs to somebody else, is not used.
+Where nothing can be kept, everything works without.
+
+The environment variable ``CAPTION_RT_CACHE`` names another folder; empty or ``off``, it keeps nothing.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import platform
+import secrets
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from caption_rt.errors import printable
+
+__all__ = ["LEAST_SIZE", "VARIABLE", "GraphCache", "cache_folder", "graph_key"]
+
+_log = logging.getLogger(__name__)
+
+VARIABLE = "CAPTION_RT_CACHE"
+LEAST_SIZE = 2**18
+"""Smaller graphs, in bytes, load in milliseconds anyway."""
+
+# Counted up when what is kept is another thing than before.
+_VERSION = 1
+_LARGEST = 2**31
+_UNUSED_DAYS = 60
+
+
+def cache_folder() -> Path | None:
+    """Where graphs are kept; None where nothing is to be kept, or the system has no such place."""
+    named = os.environ.get(VARIABLE)
+    if named is not None:
+        return Path(named) if named not in ("", "off") else None
+    with contextlib.suppress(RuntimeError):  # no home
+        if sys.platform == "win32":
+            top = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        elif sys.platform == "darwin":
+            top = Path.home() / "Library" / "Caches"
+        else:
+            # Relative paths are to be ignored: XDG Base Directory Specification.
+            stated = os.environ.get("XDG_CACHE_HOME", "")
+            top = Path(stated) if os.path.isabs(stated) else Path.home() / ".cache"
+        return top / "caption-rt" / "graphs"
+    return None
+
+
+def graph_key(sha256: str, onnxruntime_version: str) -> str:
+    """All that an optimised graph depends on, as 32 hexadecimal digits.
+
+    Args:
+        sha256: that of the graph's file, which names bundle, precision and graph.
+        onnxruntime_version: the version that optimises and runs it.
+    """
+    parts = [_VERSION, sha256, onnxruntime_version, platform.machine(), _processor()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+class GraphCache:
+    """A folder of optimised graphs.
+
+    Args:
+        folder: it need not be there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take the folder."""
+        self._folder = folder
+
+    def find(self, key: str) -> bytes | None:
+        """A graph that is kept and whole, or None.
+
+        Args:
+            key: from `graph_key`.
+        """
+        for path in self._kept(key):
+            try:
+                data = self._read(path)
+                if data is not None and hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:
+                    with contextlib.suppress(OSError):  # the day of its last use, by which `keep` tidies up
+                        os.utime(path)
+                    return data
+            except OSError as exc:
+                _log.debug("%s cannot be read: %s", printable(path), exc)
+        return None
+
+    def drop(self, key: str) -> None:
+        """Remove a graph that turned out to be of no use."""
+        for path in self._kept(key):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    @contextlib.contextmanager
+    def writing(self, key: str) -> Iterator[Path | None]:
+        """A place for ONNX Runtime to write an optimised graph to, which is kept if it was.
+
+        Args:
+            key: from `graph_key`.
+
+        Yields:
+            The path of a file that is not there; None where nothing can be kept.
+        """
+        temporary = self._folder / f".{key}.{secrets.token_hex(4)}.tmp"
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            writable = _own(self._folder.lstat()) and os.access(self._folder, os.W_OK)
+        except OSError:
+            writable = False
+        try:
+            yield temporary if writable else None
+            if writable and temporary.is_file():
+                self._keep(key, temporary)
+        except OSError as exc:
+            _log.debug("no optimised graph is kept in %s: %s", printable(self._folder), exc)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+    def _keep(self, key: str, temporary: Path) -> None:
+        temporary.chmod(0o600)
+        with temporary.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        temporary.replace(self._folder / f"{key}.{digest}.onnx")
+        oldest = time.time() - _UNUSED_DAYS * 86400
+        for path in self._folder.glob("*.onnx"):
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+
+    def _kept(self, key: str) -> list[Path]:
+        try:
+            return sorted(self._folder.glob(f"{key}.*.onnx"))
+        except OSError:
+            return []
+
+    def _read(self, path: Path) -> bytes | None:
+        """A file's bytes; None if it is another user's, one that others may write, or none at all."""
+        if not _own(self._folder.stat()):
+            return None
+        with path.open("rb") as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode) or not _own(facts) or facts.st_size > _LARGEST:
+                return None
+            return file.read()
+
+
+def _own(facts: os.stat_result) -> bool:
+    """Whether nobody else can have written it, as far as the system tells."""
+    if sys.platform == "win32":
+        return True
+    return facts.st_uid == os.geteuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@functools.cache
+def _processor() -> str:
+    """What tells processors apart for which a graph is optimised differently: name and abilities."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            kinds = ("model name", "flags", "Features", "CPU part")
+            first = itertools.takewhile(str.strip, file)  # the others are the same, and may be hundreds
+            return "\n".join(line.strip() for line in first if line.startswith(kinds))
+    except OSError:
+        return platform.processor()
