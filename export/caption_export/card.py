@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from caption_export.parity import LOG_PROB_TOLERANCE, Report, search_name
+from caption_export.parity import LOG_PROB_TOLERANCE, search_name
+from caption_export.reduced import ReducedReport
+from caption_export.verification import VERIFICATION_FILE, Verification
 from caption_rt.bundle import GridSpec
 from caption_rt.options import DecodeOptions
 from caption_train.model import ModelConfig
@@ -32,7 +34,7 @@ class CardFacts:
     scores: Mapping[str, Any]
     """Its scores by split; may be empty."""
     versions: Mapping[str, str]
-    report: Report
+    verification: Verification
 
 
 def model_card(facts: CardFacts) -> str:
@@ -114,7 +116,7 @@ def _scores(facts: CardFacts) -> Iterator[str]:
 
 
 def _verification(facts: CardFacts) -> Iterator[str]:
-    report = facts.report
+    report = facts.verification.report
     sizes = ", ".join(map(str, report.batch_sizes))
     yield "## Verification"
     yield ""
@@ -154,6 +156,48 @@ def _verification(facts: CardFacts) -> Iterator[str]:
     yield from _table(
         ["graph", "bytes", "nodes", "opset"],
         [[graph.name, str(graph.size), str(graph.nodes), str(graph.opset)] for graph in report.graphs],
+    )
+    for reduced in facts.verification.reduced:
+        yield ""
+        yield from _reduced(reduced)
+    yield ""
+    yield f"All of it, with the operators by kind, stands in `{VERIFICATION_FILE}`."
+
+
+def _reduced(report: ReducedReport) -> Iterator[str]:
+    scores, limits = report.scores, report.limits
+    yield f"### {report.precision}"
+    yield ""
+    yield (
+        f"Beside float32, on the same images and on {report.photos} photos with real captions "
+        f"({search_name(report.search)}):"
+    )
+    yield ""
+    yield from _table(
+        ["what", "found", "asked for"],
+        [
+            *(
+                [f"signal to quantisation noise, {name}", f"{value:.1f} dB", f"at least {limits.min_sqnr:g} dB"]
+                for name, value in report.sqnr.items()
+            ),
+            ["captions with the same words", f"{report.equal:.1%}", f"at least {limits.min_equal:.0%}"],
+            [
+                "CIDEr, float32 and here",
+                f"{scores['fp32']['CIDEr']:.4f}, {scores[report.precision]['CIDEr']:.4f}",
+                f"at most {limits.max_cider_loss:g} lost",
+            ],
+            [
+                "BLEU-4, float32 and here",
+                f"{scores['fp32']['BLEU-4']:.2f}, {scores[report.precision]['BLEU-4']:.2f}",
+                "",
+            ],
+            ["bytes of the graphs", str(sum(graph.size for graph in report.graphs)), ""],
+        ],
+    )
+    yield ""
+    yield (
+        "Its self-test gives the model TensorFlow's words; their log-probabilities may be "
+        f"{report.selftest_tolerance:g} off (here {report.selftest_difference:.2g})."
     )
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from caption_rt.console import echo
 from caption_rt.errors import printable
+from caption_rt.manifest import PRECISIONS
 from caption_train.console import quiet_stderr
-from caption_train.datasets import photos_in
+from caption_train.datasets import load_dataset, photos_in
 
 if TYPE_CHECKING:
     from caption_export.parity import Report
+    from caption_export.reduced import ReducedReport, Reduction
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @click.command()
@@ -25,18 +33,55 @@ if TYPE_CHECKING:
     required=True,
     help="Folder of real photos on which TensorFlow and ONNX Runtime are compared.",
 )
-@click.option("--limit-photos", type=click.IntRange(1), default=16, help="Take so many of them, by path.")
+@click.option("--limit-photos", type=click.IntRange(1), default=50, help="Take so many of them, by path.")
 @click.option(
     "--checkpoint",
     type=click.Choice(["best", "last"]),
     default="best",
-    help="The one with the lowest validation loss, or the last one.",
+    help="The one with the best CIDEr of validation photos, or the last one.",
 )
 @click.option("--name", help="Short name of the model; the name of OUT if not given.")
 @click.option("--license", "license_", default="not stated", help="Licence of the weights: SPDX, or a sentence.")
 @click.option("--description", default="", help="What it is, in a sentence or two.")
 @click.option("--beam", type=click.IntRange(1, 1000), default=1, help="The bundle's default beam size; 1 is greedy.")
 @click.option("--length-penalty", type=click.FloatRange(0), default=0.0, help="The bundle's default.")
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(PRECISIONS),
+    multiple=True,
+    default=("fp32",),
+    help="What the graphs compute in; may be repeated, and the bundle holds them all then. fp16, int8 need --dataset.",
+)
+@click.option(
+    "--dataset",
+    type=click.Path(path_type=Path),
+    help="Data set as caption-train takes it, on whose validation photos fp16 and int8 are scored.",
+)
+@click.option("--images", type=click.Path(file_okay=False, path_type=Path), help="Folder of its photos.")
+@click.option(
+    "--calibration",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of real photos on which fp16 and int8 choose their ranges; by default the data set's training photos.",
+)
+@click.option("--calibration-photos", type=click.IntRange(1), default=64, help="Take so many, spread evenly.")
+@click.option("--scored-photos", type=click.IntRange(2), default=1000, help="Score so many, spread evenly.")
+@click.option(
+    "--max-cider-loss",
+    type=click.FloatRange(0),
+    help="The most that CIDEr may fall below fp32's.  [default: 0.01]",
+)
+@click.option(
+    "--min-equal-captions",
+    "min_equal",
+    type=click.FloatRange(0, 1),
+    help="The least share of captions that are those of fp32.  [default: 0.9 of fp16, 0.5 of int8]",
+)
+@click.option(
+    "--min-sqnr",
+    type=float,
+    help="The least signal to quantisation noise of any output, in dB.  [default: 40 of fp16, 20 of int8]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 def export(
     run: Path,
@@ -50,17 +95,23 @@ def export(
     beam: int,
     length_penalty: float,
     overwrite: bool,
+    **reducing: Any,
 ) -> None:
     """Convert the trained RUN to ONNX, compare it with TensorFlow, and write the bundle OUT.
 
     Nothing is written where ONNX Runtime does not give what TensorFlow gives: names, shapes and values of each graph,
-    and the words of every photo, greedy and with a beam.
+    and the words of every photo, greedy and with a beam; or where fp16 or int8 loses more than it may.
     """
     paths = photos_in(photos)[:limit_photos]
+    reduced = tuple(name for name in PRECISIONS if name in reducing["precisions"] and name != "fp32")
+    if reduced and reducing["dataset"] is None:
+        raise click.UsageError(f"{reduced[0]} is scored on photos with captions: name them with --dataset")
     with quiet_stderr():
         from caption_export.exporting import export_bundle
         from caption_train.runs import open_run
-    report = export_bundle(
+    if len(paths) < limit_photos:
+        logger.warning("only %d photos are in %s: more of them find more", len(paths), printable(photos))
+    found = export_bundle(
         open_run(run, checkpoint),
         paths,
         out,
@@ -70,9 +121,68 @@ def export(
         beam_size=beam,
         length_penalty=length_penalty,
         overwrite=overwrite,
+        fp32="fp32" in reducing["precisions"],
+        reduction=_reduction(run, reduced, **reducing) if reduced else None,
     )
-    echo(_table(report))
+    echo(_table(found.report))
+    for line in map(_summary, found.reduced):
+        echo(line)
     echo(f"\n{printable(out)}")
+
+
+def _reduction(
+    run: Path,
+    reduced: tuple[str, ...],
+    *,
+    dataset: Path,
+    images: Path | None,
+    calibration: Path | None,
+    calibration_photos: int,
+    scored_photos: int,
+    max_cider_loss: float | None,
+    min_equal: float | None,
+    min_sqnr: float | None,
+    **_: Any,
+) -> Callable[[int], Reduction]:
+    """What reduced precisions are made and measured with; the photos are read when their size is known."""
+    from caption_export.exporting import read_photos
+    from caption_export.reduced import LIMITS, Reduction, Scored
+    from caption_train.runs import data_choices
+
+    given = {"max_cider_loss": max_cider_loss, "min_equal": min_equal, "min_sqnr": min_sqnr}
+    changes = {name: value for name, value in given.items() if value is not None}
+    # What of the data set was trained on is as it was then: nothing of it may be scored.
+    data = load_dataset(dataset, images=images, **data_choices(run))
+    real = {image.path: image.captions for image in _spread(data.validation, scored_photos)}
+    found = photos_in(calibration) if calibration is not None else tuple(image.path for image in data.train)
+    ranged = _spread(found, calibration_photos)
+
+    def read(size: int) -> Reduction:
+        scored = read_photos(list(real), size, name=str)
+        captions = {printable(path): texts for path, texts in real.items()}
+        references = {photo.name: captions[photo.name] for photo in scored}
+        limits = {name: replace(LIMITS[name], **changes) for name in reduced}
+        return Reduction(reduced, read_photos(ranged, size), Scored(scored, references), limits)
+
+    return read
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """So many of them, evenly spread; all, if there are no more."""
+    kept = min(count, len(items))
+    return [items[index * len(items) // kept] for index in range(kept)]
+
+
+def _summary(report: ReducedReport) -> str:
+    """A reduced precision on one line."""
+    name, value = min(report.sqnr.items(), key=lambda item: item[1])
+    scores = report.scores
+    return (
+        f"{report.precision}: {report.equal:.1%} of {report.photos} captions as in fp32, "
+        f"CIDEr {scores[report.precision]['CIDEr']:.4f} ({scores['fp32']['CIDEr']:.4f}), "
+        f"BLEU-4 {scores[report.precision]['BLEU-4']:.2f} ({scores['fp32']['BLEU-4']:.2f}), "
+        f"least signal to noise {value:.1f} dB ({name})"
+    )
 
 
 def _table(report: Report) -> str:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ import numpy as np
 
 from caption_export.card import CardFacts, model_card
 from caption_export.errors import ExportError
-from caption_export.graphs import build_graphs
-from caption_export.parity import BEAM_SIZES, Photo, Report, verify
+from caption_export.graphs import ExportedGraph, build_graphs
+from caption_export.parity import BEAM_SIZES, Photo, verify
 from caption_export.pipelines import TensorFlowPipeline
+from caption_export.reduced import ReducedReport, Reducer, Reduction
 from caption_export.selftest import selftest_json, selftest_photos, selftest_pngs
+from caption_export.verification import VERIFICATION_FILE, Verification
 from caption_rt import __version__
 from caption_rt.bundle import (
     SELFTEST_FILE,
@@ -53,7 +55,9 @@ def export_bundle(
     beam_size: int = 1,
     length_penalty: float = 0.0,
     overwrite: bool = False,
-) -> Report:
+    fp32: bool = True,
+    reduction: Callable[[int], Reduction] | None = None,
+) -> Verification:
     """Export a trained run, verify it, and write the bundle; nothing is written if anything differs.
 
     The same run, photos and versions give the same bytes.
@@ -69,12 +73,15 @@ def export_bundle(
         beam_size: The bundle's default; 1 is greedy.
         length_penalty: The bundle's default; see `caption_rt.options.DecodeOptions`.
         overwrite: Replace a bundle that is there.
+        fp32: Whether the graphs in float32, which are made and compared in any case, are in the bundle.
+        reduction: What else is in it, given S of the extractor in pixels.
 
     Returns:
         What was compared, and how close it came.
 
     Raises:
-        ExportError: The run cannot be converted, no photo can be read, or ONNX Runtime differs from TensorFlow.
+        ExportError: The run cannot be converted, no photo can be read, ONNX Runtime differs from TensorFlow, or a
+            reduced precision loses more than it may.
         BundleError: There is already something at `out`.
         CaptionError: The bundle cannot be written.
     """
@@ -87,6 +94,12 @@ def export_bundle(
     logger.info("comparing with TensorFlow on %d images, the self-test's %d among them", len(compared), len(pngs))
     reference = TensorFlowPipeline(run)
     report = verify(reference, graphs, compared, searches_with(default), run.vocabulary)
+    selftest = selftest_json(reference, pngs, size, run.max_words, run.vocabulary)
+    precisions = {"fp32": graphs} if fp32 else {}
+    reduced: tuple[ReducedReport, ...] = ()
+    if reduction is not None:
+        precisions, reduced = _reduced(run, graphs, compared, selftest, default, reduction(size), precisions)
+    verification = Verification(report, reduced)
     rows, columns, channels = run.extractor.output_shape[1:]
     grid, scores, versions = GridSpec(rows, columns, channels), scores_of_checkpoint(run), made_with()
     card = CardFacts(
@@ -100,14 +113,16 @@ def export_bundle(
         training=run.facts,
         scores=scores,
         versions=versions,
-        report=report,
+        verification=verification,
     )
     write_bundle(
         out,
         name=name,
         description=description or _description(run),
         license=license,
-        precisions={"fp32": {graph.name: graph.spec for graph in graphs.values()}},
+        precisions={
+            precision: {name: graph.spec for name, graph in made.items()} for precision, made in precisions.items()
+        },
         image=ImageSpec(size),
         grid=grid,
         recurrence=run.model.config.recurrence,
@@ -117,22 +132,43 @@ def export_bundle(
         scores=scores,
         versions=versions,
         contents={
-            **{graph.spec.file: graph.data for graph in graphs.values()},
+            **{graph.spec.file: graph.data for made in precisions.values() for graph in made.values()},
             VOCABULARY_FILE: _json(run.vocabulary.to_json()),
-            SELFTEST_FILE: _json(selftest_json(reference, pngs, size, run.max_words, run.vocabulary)),
+            SELFTEST_FILE: _json(selftest),
+            VERIFICATION_FILE: _json(verification.to_json()),
             CARD_FILE: model_card(card).encode(),
         },
         overwrite=overwrite,
     )
-    return report
+    return verification
 
 
-def read_photos(paths: Sequence[Path], size: int) -> list[Photo]:
+def _reduced(
+    run: Run,
+    graphs: Mapping[str, ExportedGraph],
+    compared: Sequence[Photo],
+    selftest: dict[str, Any],
+    search: DecodeOptions,
+    reduction: Reduction,
+    precisions: dict[str, dict[str, ExportedGraph]],
+) -> tuple[dict[str, dict[str, ExportedGraph]], tuple[ReducedReport, ...]]:
+    """The precisions with the reduced ones; what their self-test allows is put into the self-test's object."""
+    own = len(selftest["inputs"])  # the last of the photos that are compared
+    reducer = Reducer(graphs, compared[:-own], compared[-own:], selftest["expected"], search, run.vocabulary, reduction)
+    made = {precision: reducer.make(precision) for precision in reduction.precisions}
+    for precision, (_, report) in made.items():
+        selftest["tolerance"][f"{precision}_word_log_prob"] = report.selftest_tolerance
+    of_reduced = {precision: graphs_of for precision, (graphs_of, _) in made.items()}
+    return {**precisions, **of_reduced}, tuple(report for _, report in made.values())
+
+
+def read_photos(paths: Sequence[Path], size: int, name: Callable[[Path], str] = lambda path: path.name) -> list[Photo]:
     """Read the photos to compare on, as the runtime reads them.
 
     Args:
         paths: Image files.
         size: S of the extractor, in pixels.
+        name: What messages call a photo.
 
     Raises:
         ExportError: None of them can be read.
@@ -140,7 +176,7 @@ def read_photos(paths: Sequence[Path], size: int) -> list[Photo]:
     photos = []
     for path in paths:
         try:
-            photos.append(Photo(printable(path.name), read_photo(path, size)))
+            photos.append(Photo(printable(name(path)), read_photo(path, size)))
         except ImageError as exc:
             logger.warning("passed over: %s", exc)
     if not photos:

@@ -142,7 +142,7 @@ def verify(
     exported = OnnxPipeline(graphs)
     tensors = [
         report
-        for stage in _stages(reference, graphs, photos, vocabulary, searches[0].max_words)
+        for stage in stages(reference, graphs, photos, vocabulary, searches[0].max_words)
         for report in _compare_stage(stage, reference, exported)
     ]
     captions = [_compare_captions(reference, exported, photos, options, vocabulary) for options in searches]
@@ -150,7 +150,7 @@ def verify(
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
     """One graph with everything to run it on."""
 
     graph: ExportedGraph
@@ -160,20 +160,28 @@ class _Stage:
     """Inputs of some rows. A row of the decoder has its photo's features, so all at once would take gigabytes."""
 
 
-def _stages(
+def stages(
     reference: Pipeline,
     graphs: Mapping[str, ExportedGraph],
     photos: Sequence[Photo],
     vocabulary: Vocabulary,
     max_words: int,
-) -> Iterator[_Stage]:
-    """The three graphs with TensorFlow's own inputs."""
+) -> Iterator[Stage]:
+    """The three graphs with the inputs that a pipeline itself has for them.
+
+    Args:
+        reference: Where the inputs come from.
+        graphs: The three graphs by name.
+        photos: At least one.
+        vocabulary: For the special ids.
+        max_words: The decoder's inputs are those along greedy captions of at most so many words.
+    """
     names = [photo.name for photo in photos]
     images = np.stack([photo.pixels for photo in photos])
-    extractor = _Stage(graphs["extractor"], names, lambda rows: {"images": images[rows]})
+    extractor = Stage(graphs["extractor"], names, lambda rows: {"images": images[rows]})
     yield extractor
-    grid = _run(reference, extractor, np.arange(len(names)), BATCH_SIZES[-1])["grid"]
-    yield _Stage(graphs["encoder"], names, lambda rows: {"grid": grid[rows]})
+    grid = run_rows(reference, extractor, np.arange(len(names)), BATCH_SIZES[-1])["grid"]
+    yield Stage(graphs["encoder"], names, lambda rows: {"grid": grid[rows]})
     stepper = PipelineStepper(reference, grid)
     search(stepper, DecodeOptions(max_words=max_words), vocabulary)
     tokens, states, photo_of = (np.concatenate(arrays) for arrays in zip(*stepper.steps, strict=True))
@@ -182,7 +190,7 @@ def _stages(
         for word, (_, _, photos_of_step) in enumerate(stepper.steps, start=1)
         for photo in photos_of_step
     ]
-    yield _Stage(
+    yield Stage(
         graphs["decoder"],
         labels,
         lambda rows: {
@@ -194,16 +202,16 @@ def _stages(
     )
 
 
-def _compare_stage(stage: _Stage, reference: Pipeline, exported: Pipeline) -> list[TensorReport]:
+def _compare_stage(stage: Stage, reference: Pipeline, exported: Pipeline) -> list[TensorReport]:
     """Every output of a graph, on all rows and at all batch sizes."""
     everything = np.arange(len(stage.labels))
-    wanted = _run(reference, stage, everything, BATCH_SIZES[-1])
+    wanted = run_rows(reference, stage, everything, BATCH_SIZES[-1])
     reports: dict[str, TensorReport] = {}
     for size in BATCH_SIZES:
         # The small batches once, the largest until every row was in one; what lacks is filled up from the beginning.
         count = -(-len(everything) // size) * size if size == BATCH_SIZES[-1] else size
         rows = np.resize(everything, count)
-        found = _run(exported, stage, rows, size)
+        found = run_rows(exported, stage, rows, size)
         labels = [stage.labels[row] for row in rows]
         for spec in stage.graph.spec.outputs:
             report = _compare(stage.graph.name, spec, found[spec.name], wanted[spec.name][rows], labels)
@@ -211,8 +219,18 @@ def _compare_stage(stage: _Stage, reference: Pipeline, exported: Pipeline) -> li
     return list(reports.values())
 
 
-def _run(pipeline: Pipeline, stage: _Stage, rows: NDArray[np.int64], size: int) -> Arrays:
-    """One stage on some rows, `size` at a time (the last time perhaps fewer)."""
+def run_rows(pipeline: Pipeline, stage: Stage, rows: NDArray[np.int64], size: int) -> Arrays:
+    """One stage on some rows, `size` at a time (the last time perhaps fewer).
+
+    Args:
+        pipeline: What runs it.
+        stage: The graph and its inputs.
+        rows: Which of them, int64 [rows].
+        size: How many together.
+
+    Returns:
+        The graph's outputs by name, [rows, ...].
+    """
     name = stage.graph.name
     parts = [pipeline.run(name, stage.take(rows[start : start + size])) for start in range(0, len(rows), size)]
     return {output: np.concatenate([part[output] for part in parts]) for output in GRAPH_TENSORS[name][1]}

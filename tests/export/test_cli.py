@@ -87,6 +87,8 @@ def test_options_reach_the_export(call, run_folder, photos, tmp_path, monkeypatc
         "beam_size": 5,
         "length_penalty": 0.5,
         "overwrite": True,
+        "fp32": True,
+        "reduction": None,
     }
 
 
@@ -126,3 +128,9 @@ def test_help_lists_the_commands_and_version_is_the_groups(call):
     assert "  export " in call("--help").stdout
     assert "--limit-photos" in call("export", "--help").stdout
     assert call("--version").stdout.startswith("caption-export ")
+
+
+def test_a_reduced_precision_needs_photos_with_captions(call, run_folder, photos, tmp_path):
+    result = call(run_folder, tmp_path / "out", "--photos", photos[0].parent, "--precision", "int8")
+    assert result.exit_code == 2
+    assert "int8 is scored on photos with captions: name them with --dataset" in result.stderr

@@ -57,6 +57,7 @@ def exported(run_folder, photos, tmp_path_factory):
 def test_the_command_says_only_its_own_lines(exported):
     folder, done = exported
     assert done.stderr.splitlines() == [
+        f"only 4 photos are in {folder.parents[1] / 'photos'}: more of them find more",
         f"passed over: {folder.parents[1] / 'photos' / 'broken.jpg'} is not an image, or its beginning is damaged: "
         + ", ".join([*FORMATS, *(["HEIC"] if importlib.util.find_spec("pillow_heif") else [])])
         + " are read",
@@ -122,7 +123,8 @@ def test_the_manifest_has_the_facts(exported):
     for package in ("caption-rt", "python", "tensorflow", "keras", "tf2onnx", "onnx", "numpy", "Pillow"):
         assert manifest.versions[package][0].isdigit()
     assert sorted(manifest.files) == [
-        *("README.md", "decoder.onnx", "encoder.onnx", "extractor.onnx", "selftest.json", "vocabulary.json")
+        *("README.md", "decoder.onnx", "encoder.onnx", "extractor.onnx", "selftest.json", "verification.json"),
+        "vocabulary.json",
     ]
 
 
@@ -155,7 +157,7 @@ def test_two_exports_of_one_checkpoint_give_the_same_bytes(exported, run, photos
 
 @pytest.mark.usefixtures("quick")
 def test_the_bundles_default_search_is_compared_too(run, photos, tmp_path):
-    report = export_bundle(run, photos[:1], tmp_path / "out", **FACTS, beam_size=4, length_penalty=0.7)
+    report = export_bundle(run, photos[:1], tmp_path / "out", **FACTS, beam_size=4, length_penalty=0.7).report
     searches = [(search.options.beam_size, search.options.length_penalty) for search in report.searches]
     assert searches == [(1, 0.0), (3, 0.0), (4, 0.7)]
     decoding = Bundle.open(tmp_path / "out").manifest.decoding

@@ -1,0 +1,344 @@
+"""Graphs in fewer bits: made, compared with those in float32, and refused where they lose too much.
+
+Fewer bits give other numbers, so what is held against limits is how much of the signal is left at each graph's outputs,
+how many captions stay the same, and what that does to CIDEr on photos with real captions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from caption_export.calibration import METHODS, Seen, observe
+from caption_export.errors import ExportError
+from caption_export.fp16 import halve
+from caption_export.graphs import ExportedGraph
+from caption_export.int8 import last_nodes, quantisable, quantise
+from caption_export.parity import Photo, Stage, run_rows, search_name, stages
+from caption_export.pipelines import Arrays, OnnxPipeline, PipelineStepper, best_captions
+from caption_export.structure import GraphReport, check_structure
+from caption_rt.bundle import GRAPH_TENSORS
+from caption_rt.options import DecodeOptions
+from caption_rt.selftest import forced_log_probs
+from caption_rt.vocabulary import Vocabulary
+from caption_train.scores import score_captions
+
+logger = logging.getLogger(__name__)
+
+Graphs = Mapping[str, ExportedGraph]
+
+_ROWS = 8  # that go through a graph together
+_TRIED_PHOTOS = 8  # on which nodes are tried one by one
+_KEPT = (0, 1, 2, 4, 8, 16)  # nodes in float, one number after the other until the limits hold
+_SELFTEST_FLOOR = {"fp16": 0.02, "int8": 0.25}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a reduced precision may lose."""
+
+    min_sqnr: float
+    """Least ratio of signal to quantisation noise at any output of any graph, in dB; see `sqnr`."""
+    min_equal: float
+    """Least share of captions with the same words as in float32, 0 to 1."""
+    max_cider_loss: float
+    """Most that CIDEr (0 to 10) may fall below that of float32."""
+
+
+LIMITS: Mapping[str, Limits] = {"fp16": Limits(40.0, 0.9, 0.01), "int8": Limits(20.0, 0.5, 0.01)}
+"""What holds where nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Photos with real captions, on which CIDEr is measured."""
+
+    photos: Sequence[Photo]
+    references: Mapping[str, Sequence[str]]
+    """Photo's name -> its real captions."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What is asked for."""
+
+    precisions: tuple[str, ...]
+    """"fp16", "int8"."""
+    calibration: Sequence[Photo]
+    """Photos that ranges are chosen on; others than those that are compared and scored."""
+    scored: Scored
+    limits: Mapping[str, Limits] = field(default_factory=lambda: LIMITS)
+
+
+@dataclass(frozen=True)
+class ReducedReport:
+    """What a reduced precision loses."""
+
+    precision: str
+    graphs: tuple[GraphReport, ...]
+    methods: Mapping[str, Mapping[str, float]]
+    """Of int8, by graph: SQNR in dB of its first output by how ranges are chosen; the best was taken."""
+    in_float: Mapping[str, Sequence[str]]
+    """By graph, the nodes that stay in float32."""
+    losses: Mapping[str, float]
+    """SQNR in dB by node of the extractor, that node alone being in 8 bits; empty where it was not needed."""
+    sqnr: Mapping[str, float]
+    """In dB, by "graph.output"."""
+    search: DecodeOptions
+    """How captions were compared."""
+    photos: int
+    """How many photos with real captions."""
+    equal: float
+    """Share of their captions with the same words."""
+    scores: Mapping[str, Mapping[str, float]]
+    """CIDEr and BLEU-4 of "fp32" and of this precision, on these photos."""
+    selftest_difference: float
+    """Largest difference of a word's log-probability in the self-test, in nats."""
+    limits: Limits
+
+    @property
+    def cider_loss(self) -> float:
+        """How much lower CIDEr is than in float32; negative where it is higher."""
+        return self.scores["fp32"]["CIDEr"] - self.scores[self.precision]["CIDEr"]
+
+    @property
+    def selftest_tolerance(self) -> float:
+        """What the bundle's self-test allows: twice what was measured, since processors differ, and a floor."""
+        return round(max(_SELFTEST_FLOOR[self.precision], 2 * self.selftest_difference), 4)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One graph's inputs, and what it makes of them in float32."""
+
+    stage: Stage
+    wanted: Arrays
+
+    def sqnr(self, graph: ExportedGraph, count: int | None = None) -> dict[str, float]:
+        """In dB by output, on some rows."""
+        rows = np.arange(len(self.stage.labels))[:count]
+        found = run_rows(OnnxPipeline({graph.name: graph}), self.stage, rows, _ROWS)
+        return {name: sqnr(self.wanted[name][rows], found[name]) for name in GRAPH_TENSORS[graph.name][1]}
+
+
+def sqnr(wanted: NDArray[np.float32], found: NDArray[np.float32]) -> float:
+    """Signal to quantisation noise of the median row in dB, 10 log10(sum x^2 / sum e^2), from -200 to 200.
+
+    The median, because a photo that the extractor answers with hundreds of times the values of all others would be all
+    that a sum over photos tells of.
+
+    Args:
+        wanted: Values in float32 [rows, ...].
+        found: Those of the reduced precision.
+    """
+    flat = len(wanted), -1
+    signal = np.square(wanted, dtype=np.float64).reshape(flat).sum(axis=1)
+    noise = np.square(wanted.astype(np.float64) - found).reshape(flat).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(noise == 0, np.inf, np.where(np.isfinite(noise), signal / noise, 0))
+    return float(np.median(10 * np.log10(np.clip(ratio, 1e-20, 1e20))))
+
+
+class Reducer:
+    """Makes the reduced precisions of one export."""
+
+    def __init__(
+        self,
+        graphs: Graphs,
+        compared: Sequence[Photo],
+        selftest: Sequence[Photo],
+        expected: Sequence[Mapping[str, object]],
+        search: DecodeOptions,
+        vocabulary: Vocabulary,
+        asked: Reduction,
+    ) -> None:
+        """Run the graphs in float32 on all photos.
+
+        Args:
+            graphs: The three graphs in float32, compared with TensorFlow already.
+            compared: Photos on which outputs are compared.
+            selftest: The images of the self-test.
+            expected: What TensorFlow makes of them, as in ``selftest.json``.
+            search: How captions are compared and scored.
+            vocabulary: For the special ids.
+            asked: The precisions.
+
+        Raises:
+            ExportError: ONNX Runtime fails.
+        """
+        self._graphs, self._asked, self._vocabulary = graphs, asked, vocabulary
+        self._selftest, self._expected = selftest, expected
+        self._search = replace(search, guard=False)
+        fp32 = OnnxPipeline(graphs)
+        logger.info("counting what %d photos give in each graph", len(asked.calibration))
+        words = search.max_words
+        self._seen = {
+            stage.graph.name: _observed(stage) for stage in stages(fp32, graphs, asked.calibration, vocabulary, words)
+        }
+        self._compared = {
+            stage.graph.name: _Compared(stage, run_rows(fp32, stage, np.arange(len(stage.labels)), _ROWS))
+            for stage in stages(fp32, graphs, compared, vocabulary, words)
+        }
+        self._fp32_captions, self._fp32_scores = self._caption(fp32)
+
+    def make(self, precision: str) -> tuple[dict[str, ExportedGraph], ReducedReport]:
+        """A reduced precision that holds its limits.
+
+        Args:
+            precision: "fp16" or "int8".
+
+        Raises:
+            ExportError: It does not hold them; with the graph and output or the loss, and how far.
+        """
+        logger.info("making %s", precision)
+        return self._fp16() if precision == "fp16" else self._int8()
+
+    def _fp16(self) -> tuple[dict[str, ExportedGraph], ReducedReport]:
+        made = {name: halve(graph, self._seen[name]) for name, graph in self._graphs.items()}
+        graphs = {name: graph for name, (graph, _) in made.items()}
+        report = self._report("fp16", graphs, in_float={name: kept for name, (_, kept) in made.items()})
+        _check(report)
+        return graphs, report
+
+    def _int8(self) -> tuple[dict[str, ExportedGraph], ReducedReport]:
+        methods = {name: self._methods(name) for name in self._graphs}
+        chosen = {name: max(found, key=lambda method: found[method]) for name, found in methods.items()}
+        last = last_nodes(self._graphs["extractor"])
+        rest = {name: quantise(self._graphs[name], self._seen[name], chosen[name]) for name in ("encoder", "decoder")}
+        losses: dict[str, float] = {}
+        for count in _KEPT:
+            if count == 1:
+                losses = self._losses(chosen["extractor"], last)
+            kept = [*last, *list(losses)[:count]]
+            extractor = quantise(self._graphs["extractor"], self._seen["extractor"], chosen["extractor"], kept)
+            graphs = {"extractor": extractor, **rest}
+            in_float = {"extractor": kept, "encoder": [], "decoder": []}
+            report = self._report("int8", graphs, in_float=in_float, methods=methods, losses=losses)
+            try:
+                _check(report)
+            except ExportError as exc:
+                if count == _KEPT[-1] or not _extractor_may_help(report):
+                    raise
+                logger.info("%s", exc)
+            else:
+                return graphs, report
+        raise AssertionError("the last number of nodes returns or raises")
+
+    def _methods(self, name: str) -> dict[str, float]:
+        """SQNR of a graph's first output by how ranges are chosen."""
+        graph, first = self._graphs[name], GRAPH_TENSORS[name][1][0]
+        kept = last_nodes(graph) if name == "extractor" else []
+        found = {}
+        for method in METHODS:
+            found[method] = self._compared[name].sqnr(quantise(graph, self._seen[name], method, kept))[first]
+        return found
+
+    def _losses(self, method: str, last: Sequence[str]) -> dict[str, float]:
+        """SQNR of the grid with one node of the extractor in 8 bits, those that lose most first."""
+        graph = self._graphs["extractor"]
+        nodes = [name for name in quantisable(graph) if name not in last]
+        logger.info("trying the extractor's %d nodes one by one", len(nodes))
+        found = {}
+        for node in nodes:
+            others = [*last, *(name for name in nodes if name != node)]
+            alone = quantise(graph, self._seen["extractor"], method, others)
+            found[node] = self._compared["extractor"].sqnr(alone, _TRIED_PHOTOS)["grid"]
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    def _report(
+        self,
+        precision: str,
+        graphs: Graphs,
+        *,
+        in_float: Mapping[str, Sequence[str]],
+        methods: Mapping[str, Mapping[str, float]] | None = None,
+        losses: Mapping[str, float] | None = None,
+    ) -> ReducedReport:
+        pipeline = OnnxPipeline(graphs)
+        noise = {
+            f"{name}.{output}": value
+            for name, compared in self._compared.items()
+            for output, value in compared.sqnr(graphs[name]).items()
+        }
+        captions, scores = self._caption(pipeline)
+        equal = [found == wanted for found, wanted in zip(captions, self._fp32_captions, strict=True)]
+        return ReducedReport(
+            precision,
+            tuple(check_structure(graph) for graph in graphs.values()),
+            methods or {},
+            in_float,
+            losses or {},
+            noise,
+            self._search,
+            len(equal),
+            float(np.mean(equal)),
+            {"fp32": self._fp32_scores, precision: scores},
+            self._selftest_difference(pipeline),
+            self._asked.limits[precision],
+        )
+
+    def _caption(self, pipeline: OnnxPipeline) -> tuple[list[tuple[int, ...]], dict[str, float]]:
+        """Token ids of the scored photos' captions, and their scores."""
+        photos, references = self._asked.scored.photos, self._asked.scored.references
+        found = best_captions(pipeline, np.stack([x.pixels for x in photos]), self._search, self._vocabulary)
+        texts = {x.name: self._vocabulary.decode(y.tokens) for x, y in zip(photos, found, strict=True)}
+        scores = score_captions(texts, references)
+        return [hypothesis.tokens for hypothesis in found], {name: scores[name] for name in ("CIDEr", "BLEU-4")}
+
+    def _selftest_difference(self, pipeline: OnnxPipeline) -> float:
+        largest = 0.0
+        for photo, expected in zip(self._selftest, self._expected, strict=True):
+            grid = pipeline.run("extractor", {"images": photo.pixels[None]})["grid"]
+            tokens, words = expected["token_ids"], expected["word_log_probs"]
+            assert isinstance(tokens, list)
+            assert isinstance(words, list)
+            found = forced_log_probs(PipelineStepper(pipeline, grid), tokens, self._vocabulary.start_id)
+            largest = max([largest, *(abs(x - y) for x, y in zip(found, words, strict=True))])
+        return largest
+
+
+def _observed(stage: Stage) -> dict[str, Seen]:
+    names = GRAPH_TENSORS[stage.graph.name][0]
+    # Every tensor of a full-size extractor is there for each photo: tens of megabytes.
+    size = 1 if stage.graph.name == "extractor" else _ROWS
+    starts = range(0, len(stage.labels), size)
+    rows = (np.arange(start, min(start + size, len(stage.labels))) for start in starts)
+    return observe(stage.graph, ([inputs[name] for name in names] for inputs in map(stage.take, rows)))
+
+
+def _check(report: ReducedReport) -> None:
+    """Hold a report against its limits.
+
+    Raises:
+        ExportError: One does not hold.
+    """
+    limits, precision = report.limits, report.precision
+    name, value = min(report.sqnr.items(), key=lambda item: item[1])
+    if not value >= limits.min_sqnr:
+        graph, output = name.split(".")
+        raise ExportError(
+            f"{precision}: output {output} of the {graph} graph keeps {value:.1f} dB above its quantisation noise, and "
+            f"{limits.min_sqnr:g} dB are asked for"
+        )
+    if not report.equal >= limits.min_equal:
+        raise ExportError(
+            f"{precision}: {report.equal:.1%} of {report.photos} captions ({search_name(report.search)}) are those of "
+            f"fp32, and {limits.min_equal:.1%} are asked for"
+        )
+    if not report.cider_loss <= limits.max_cider_loss:
+        scores = report.scores
+        raise ExportError(
+            f"{precision}: CIDEr falls by {report.cider_loss:.4f}, from {scores['fp32']['CIDEr']:.4f} to "
+            f"{scores[precision]['CIDEr']:.4f} on {report.photos} photos ({search_name(report.search)}), and "
+            f"{limits.max_cider_loss:g} is allowed"
+        )
+
+
+def _extractor_may_help(report: ReducedReport) -> bool:
+    """Whether more of the extractor in float could mend what a report falls short of."""
+    others = [value for name, value in report.sqnr.items() if not name.startswith("extractor.")]
+    return min(others) >= report.limits.min_sqnr
