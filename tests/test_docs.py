@@ -56,7 +56,7 @@ def test_there_are_commands_to_look_at():
     assert names == {
         "caption-rt",
         "caption-export",
-        *(f"caption-export {name}" for name in ("inspect", "verify", "pack", "unpack")),
+        *(f"caption-export {name}" for name in ("inspect", "verify", "pack", "unpack", "graph")),
         "caption-train train",
         "caption-train settings",
         "caption-train evaluate",
