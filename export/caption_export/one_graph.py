@@ -47,7 +47,7 @@ FORMAT = "caption-graph 1"
 """What the file's property `format` says; it changes when inputs, outputs or properties do."""
 
 _TOLERANCES = {"fp32": 1e-3, "fp16": 0.05, "int8": 0.05}
-"""The largest difference of a caption's log-probability from caption-rt's, which sums in another order: by precision."""
+"""By precision, how far a caption's log-probability may be from caption-rt's, which sums in another order."""
 
 
 def one_graph_spec(bundle: Bundle) -> GraphSpec:

@@ -333,7 +333,6 @@ def test_photos_are_dropped_and_upright(show, bundle, photos, tmp_path):
         list(photos[1].read_bytes()),
     )
     page.dispatch_event("body", "drop", {"dataTransfer": dropped})
-    page.locator("#status", has_text="Done").wait_for(state="hidden")
     done(page)
     assert page.locator("figure img").evaluate("photo => [photo.naturalWidth, photo.naturalHeight]") == [451, 300]
 
