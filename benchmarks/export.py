@@ -9,7 +9,7 @@ graphs or weights; seconds from the start of the process to the first caption, i
 loading; photos a second, 16 at a time; milliseconds a photo, one at a time; peak memory; and with --dataset CIDEr and
 BLEU-4 on its validation photos, and how many captions are those of fp32.
 
-Graphs in fewer bits are loaded as ONNX Runtime optimised them before (CAPTION_RT_CACHE); a row says what that saves.
+ONNX Runtime has two rows a precision: without and with graphs that it optimised before (CAPTION_RT_CACHE).
 """
 
 import argparse
@@ -172,12 +172,12 @@ def sizes(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def measure(ways: list[tuple[str, str]], arguments: argparse.Namespace) -> dict[tuple[str, str, str], dict[str, float]]:
-    """Medians of each way's processes; reduced precisions with and without optimised graphs."""
+    """Medians of each way's processes; ONNX Runtime's with and without optimised graphs."""
     found: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as cache:
         for round_ in range(arguments.runs + 1):
             for way, precision in ways:
-                caches = [cache, "off"] if way == "ONNX Runtime" and precision != "fp32" else ["off"]
+                caches = [cache, "off"] if way == "ONNX Runtime" else ["off"]
                 for place in caches if round_ else [x for x in caches if x != "off"]:  # the first fills the cache
                     command = [sys.executable, __file__, arguments.run, arguments.bundle, arguments.photos]
                     command += ["--count", arguments.count, "--work", f"{way}|{precision}", "--started", time.time()]
@@ -228,7 +228,7 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for (way, precision, kept), row in found.items():
         name = " ".join(filter(None, (way, precision, kept and f"({kept})")))
-        quality = scored.get(precision, {}) if way == "ONNX Runtime" and (kept or precision == "fp32") else {}
+        quality = scored.get(precision, {}) if way == "ONNX Runtime" and not kept else {}
         cells = [f"{quality[x]:{form}}" if quality else "" for x, form in (("CIDEr", ".3f"), ("BLEU-4", ".1f"))]
         cells.append(f"{quality['equal']:.1%}" if quality else "")
         print(

@@ -292,8 +292,8 @@ class Engine:
         def load(name: str) -> Graph:
             spec = precisions[self._precision][name]
             file = bundle.manifest.files[spec.file]
-            # In fp32 there is little to optimise, and as much to read and to hash again: it would load more slowly.
-            worth = self._precision != "fp32" and file.size >= graph_cache.LEAST_SIZE
+            # In the others there is little to optimise.
+            worth = name == "extractor" and file.size >= graph_cache.LEAST_SIZE
             kept = file.sha256 if worth else None
             try:
                 return Graph(lambda: bundle.read(spec.file), spec, self._device.name, intra_op_threads, sha256=kept)
@@ -408,7 +408,7 @@ def _session(
         options = _session_options(intra_op_threads)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            return _new_session(optimised, name, device, options)
+            return _new_session(str(optimised), name, device, options)
         except EngineError as exc:
             _log.info("the optimised graph of %s is thrown away: %s", name, exc)
             cache.drop(key)
@@ -424,8 +424,8 @@ def _session(
         return _new_session(read(), name, device, options)
 
 
-def _new_session(model: bytes, name: str, device: Device, options: Any) -> Any:
-    """A session on a device with all its options.
+def _new_session(model: bytes | str, name: str, device: Device, options: Any) -> Any:
+    """A session on a device with all its options, of an ONNX file's bytes or its path.
 
     Raises:
         EngineError: ONNX Runtime cannot load the graph, or does not run it on the device.

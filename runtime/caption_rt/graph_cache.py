@@ -1,8 +1,9 @@
-"""Graphs as ONNX Runtime optimised them for this machine, kept in the user's cache: they load in half the time.
+"""Graphs as ONNX Runtime optimised them for this machine, kept in the user's cache, from where they load faster.
 
 A bundle's graphs cannot be so themselves: they would hold nodes for one processor's layout of memory. What is kept is
-named by all that it depends on, and by its own SHA-256; what has another one, or belongs to somebody else, is not used.
-Where nothing can be kept, everything works without.
+named by all that it depends on, and by its own checksum; what has another one, or could be somebody else's, is not
+used. (CRC-32 finds damage. A cryptographic hash would find no more where only the user can write, and takes as long as the
+optimisation that it saves.) Where nothing can be kept, everything works without.
 
 The environment variable ``CAPTION_RT_CACHE`` names another folder; empty or ``off``, it keeps nothing.
 """
@@ -13,12 +14,14 @@ import hashlib
 import itertools
 import json
 import logging
+import mmap
 import os
 import platform
 import secrets
 import stat
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,20 +81,19 @@ class GraphCache:
         """Take the folder."""
         self._folder = folder
 
-    def find(self, key: str) -> bytes | None:
-        """A graph that is kept and whole, or None.
+    def find(self, key: str) -> Path | None:
+        """The file of a graph that is kept and whole, or None.
 
         Args:
             key: from `graph_key`.
         """
         for path in self._kept(key):
             try:
-                data = self._read(path)
-                if data is not None and hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:
+                if self._checksum(path) == path.name.split(".")[1]:
                     with contextlib.suppress(OSError):  # the day of its last use, by which `keep` tidies up
                         os.utime(path)
-                    return data
-            except OSError as exc:
+                    return path
+            except (OSError, ValueError) as exc:  # ValueError: it is empty
                 _log.debug("%s cannot be read: %s", printable(path), exc)
         return None
 
@@ -129,9 +131,7 @@ class GraphCache:
 
     def _keep(self, key: str, temporary: Path) -> None:
         temporary.chmod(0o600)
-        with temporary.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        temporary.replace(self._folder / f"{key}.{digest}.onnx")
+        temporary.replace(self._folder / f"{key}.{self._checksum(temporary)}.onnx")
         oldest = time.time() - _UNUSED_DAYS * 86400
         for path in self._folder.glob("*.onnx"):
             if path.stat().st_mtime < oldest:
@@ -143,15 +143,17 @@ class GraphCache:
         except OSError:
             return []
 
-    def _read(self, path: Path) -> bytes | None:
-        """A file's bytes; None if it is another user's, one that others may write, or none at all."""
+    def _checksum(self, path: Path) -> str | None:
+        """A file's CRC-32; None if it is another user's, one that others may write, or none at all."""
         if not _own(self._folder.stat()):
             return None
         with path.open("rb") as file:
             facts = os.fstat(file.fileno())
             if not stat.S_ISREG(facts.st_mode) or not _own(facts) or facts.st_size > _LARGEST:
                 return None
-            return file.read()
+            # ONNX Runtime maps the file as well: nowhere is it copied.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return f"{zlib.crc32(data):08x}"
 
 
 def _own(facts: os.stat_result) -> bool:

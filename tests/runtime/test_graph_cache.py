@@ -87,6 +87,13 @@ def test_what_others_may_write_is_not_believed(folder, load, spoil):
     assert load()[1] == 2
 
 
+def test_an_empty_file_is_not_believed(folder, load):
+    load()
+    (kept,) = folder.iterdir()
+    kept.write_bytes(b"")
+    assert load()[1] == 2
+
+
 @posix
 def test_what_is_another_users_is_not_believed(folder, load, monkeypatch):
     load()
@@ -142,7 +149,7 @@ def test_the_key_is_all_that_it_depends_on(monkeypatch):
 
 def test_what_was_not_used_for_months_goes(folder, load):
     load()
-    old = folder / f"{'0' * 32}.{'1' * 64}.onnx"
+    old = folder / f"{'0' * 32}.{'1' * 8}.onnx"
     old.write_bytes(b"old")
     os.utime(old, (0, time.time() - 61 * 86400))
     (kept,) = set(folder.iterdir()) - {old}
@@ -151,7 +158,9 @@ def test_what_was_not_used_for_months_goes(folder, load):
     assert not old.exists()
 
 
-def test_only_reduced_precisions_of_some_size_are_kept(folder, tiny_bundle, monkeypatch):
-    monkeypatch.setattr(graph_cache, "LEAST_SIZE", 0)
+def test_only_extractors_of_some_size_are_kept(folder, tiny_bundle, monkeypatch):
     engine.Engine(Bundle.open(tiny_bundle), "cpu")
     assert not folder.exists()
+    monkeypatch.setattr(graph_cache, "LEAST_SIZE", 0)
+    engine.Engine(Bundle.open(tiny_bundle), "cpu")
+    assert len(list(folder.iterdir())) == 1
