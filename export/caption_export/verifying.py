@@ -134,7 +134,7 @@ def _readable(paths: Sequence[Path], size: int) -> Iterator[tuple[str, NDArray[n
 def _captions(captioner: Captioner, photos: Mapping[str, NDArray[np.uint8]], *, every_size: bool) -> list[Caption]:
     """The photos' captions, which must be the same at every batch size.
 
-    Fewer bits are scaled by the largest number of a whole batch, so there the words may depend on it.
+    In fewer bits a rounding that depends on the batch size may become a whole step, so there it is not asked for.
 
     Raises:
         ExportError: They are not, or a log-probability is no number.

@@ -2,8 +2,8 @@
 
 A bundle's graphs cannot be so themselves: they would hold nodes for one processor's layout of memory. What is kept is
 named by all that it depends on, and by its own checksum; what has another one, or could be somebody else's, is not
-used. (CRC-32 finds damage. A cryptographic hash would find no more where only the user can write, and takes as long as the
-optimisation that it saves.) Where nothing can be kept, everything works without.
+used. (CRC-32 finds damage. A cryptographic hash would find no more where only the user can write, and takes as long as
+the optimisation that it saves.) Where nothing can be kept, everything works without.
 
 The environment variable ``CAPTION_RT_CACHE`` names another folder; empty or ``off``, it keeps nothing.
 """
