@@ -4,7 +4,9 @@ import importlib.util
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,3 +64,15 @@ def tiny_bundle() -> Path:
 def photos() -> list[Path]:
     """The committed photos: astronaut, chelsea (a cat), coffee; of different shapes."""
     return [TESTS / "data" / "photos" / f"{name}.jpg" for name in ("astronaut", "chelsea", "coffee")]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, by Playwright; for tests marked `program("chromium")`."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Debian's; its sandbox does not run as root, which is what a container gives.
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -101,3 +101,11 @@ def test_settings_in_the_documents_are_there():
     assert "training.epochs" in found
     files = {name for name in found if name.endswith((".csv", ".json", ".jsonl", ".onnx"))}
     assert found - files <= set(KEYS)
+
+
+def test_two_pages_that_stand_alone_enlarge_attention_alike():
+    """The gallery is one file and docs/browser a folder of its own, so neither can take the function from the other."""
+    pages = [ROOT / "docs" / "browser" / "page.js", ROOT / "runtime" / "caption_rt" / "gallery.js"]
+    found = [re.findall(r"^function taps.*?^}", page.read_text(encoding="utf-8"), re.M | re.S) for page in pages]
+    assert len(found[0]) == 1
+    assert found[0] == found[1]

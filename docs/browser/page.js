@@ -143,18 +143,18 @@ function settle() {
 }
 
 // The weights of a cubic enlargement of n places to so many pixels, as Pillow's BICUBIC has them: for each pixel, pairs
-// [place, weight].
+// [place, weight]. Also in caption_rt/gallery.js: both pages stand alone; a test holds the two to be the same.
 function taps(n, pixels) {
   return Array.from({ length: pixels }, (_, i) => {
     const centre = (i + 0.5) * n / pixels - 0.5, found = [];
     let sum = 0;
     for (let k = Math.max(0, Math.floor(centre) - 1); k <= Math.min(n - 1, Math.floor(centre) + 2); k++) {
       const x = Math.abs(centre - k);
-      const weight = x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((2.5 - 0.5 * x) * x - 4) * x + 2 : 0;
-      found.push([k, weight]);
-      sum += weight;
+      const w = x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((2.5 - 0.5 * x) * x - 4) * x + 2 : 0;
+      found.push([k, w]);
+      sum += w;
     }
-    return found.map(([k, weight]) => [k, weight / sum]);
+    return found.map(([k, w]) => [k, w / sum]);
   });
 }
 

@@ -16,9 +16,30 @@ from caption_rt._sniff import SNIFFED_BYTES, other_kind, photo_kind
 from caption_rt.errors import ImageError, Parameter, printable, shown
 from caption_rt.fetch import is_address
 
-__all__ = ["Fetch", "file_path"]
+__all__ = ["Fetch", "file_path", "web_opener"]
 
 _CHUNK = 64 * 1024
+
+
+def web_opener(redirects: urllib.request.HTTPRedirectHandler) -> urllib.request.OpenerDirector:
+    """What opens http and https addresses, through a proxy where the system has one.
+
+    It is not urllib's usual opener, which also opens files and speaks FTP.
+
+    Args:
+        redirects: decides which redirections are followed.
+    """
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        redirects,
+    ):
+        opener.add_handler(handler)
+    return opener
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -65,18 +86,7 @@ class Fetch:
         deadline = time.monotonic() + self.timeout_s
         headers = {"User-Agent": f"caption-rt/{__version__}", "Accept": "image/*", "Accept-Encoding": "identity"}
         request = urllib.request.Request(_escaped(self.address), headers=headers)
-        # Not urllib's usual opener, which also opens files and speaks FTP.
-        opener = urllib.request.OpenerDirector()
-        for handler in (
-            urllib.request.ProxyHandler(),
-            urllib.request.HTTPHandler(),
-            urllib.request.HTTPSHandler(),
-            urllib.request.HTTPDefaultErrorHandler(),
-            urllib.request.HTTPErrorProcessor(),
-            _Redirects(),
-        ):
-            opener.add_handler(handler)
-        with opener.open(request, timeout=self.timeout_s) as response:
+        with web_opener(_Redirects()).open(request, timeout=self.timeout_s) as response:
             return self._received(response, deadline)
 
     def _received(self, response: http.client.HTTPResponse, deadline: float) -> bytes:

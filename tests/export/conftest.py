@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -152,3 +154,16 @@ def compared(run: Run, photos: list[Path]) -> list[Photo]:
     from caption_export.exporting import read_photos
 
     return read_photos(photos, run.extractor_config.size)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Run the command here; gives its exit code and what it printed."""
+    from caption_export.cli import main
+
+    def run(*arguments: object) -> SimpleNamespace:
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return SimpleNamespace(exit_code=code, stdout=printed.out, stderr=printed.err)
+
+    return run

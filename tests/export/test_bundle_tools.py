@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -16,23 +15,10 @@ from onnx import TensorProto, helper
 
 from bundles import change_file
 from caption_export import packing, verifying
-from caption_export.cli import main
 from caption_rt.bundle import Bundle
 from caption_rt.captioner import Captioner
 
 GRAPHS = ("extractor", "encoder", "decoder")
-
-
-@pytest.fixture
-def call(capsys):
-    """Run the command here; gives its exit code and what it printed."""
-
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return SimpleNamespace(exit_code=code, stdout=printed.out, stderr=printed.err)
-
-    return run
 
 
 @pytest.fixture

@@ -1,27 +1,13 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 from caption_export import exporting
-from caption_export.cli import main
 from caption_export.errors import ExportError
 
 pytestmark = pytest.mark.tf
-
-
-@pytest.fixture
-def call(capsys):
-    """Run the command here; gives its exit code and what it printed."""
-
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return SimpleNamespace(exit_code=code, stdout=printed.out, stderr=printed.err)
-
-    return run
 
 
 def test_importing_the_package_and_its_command_loads_no_tensorflow():

@@ -193,17 +193,6 @@ def site(node_modules, models, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # Debian's Chromium; its sandbox does not run as root, which is what a container gives.
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def show(browser, site):
     """Opens the page, or one without some of its files."""

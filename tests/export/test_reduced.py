@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,7 +10,6 @@ from onnx import numpy_helper
 
 from caption_export import calibration, reduced
 from caption_export.calibration import BINS, Seen, choose_range, observe
-from caption_export.cli import main
 from caption_export.errors import ExportError
 from caption_export.exporting import export_bundle
 from caption_export.fp16 import LARGEST, halve
@@ -206,16 +204,6 @@ def test_nodes_that_lose_most_are_kept_in_float_until_the_limits_hold(reducer, m
     last = len(first.in_float["extractor"])
     assert list(report.in_float["extractor"])[last:] == list(report.losses)[: len(report.in_float["extractor"]) - last]
     assert len(report.in_float["extractor"]) > last
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return SimpleNamespace(exit_code=code, stdout=printed.out, stderr=printed.err)
-
-    return run
 
 
 def test_a_bundle_in_three_precisions(call, run, run_folder, photos, tmp_path, monkeypatch, graphs):

@@ -3,12 +3,13 @@
 import importlib.util
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from caption_rt import Captioner
+from caption_rt import Bundle, Captioner, engine
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +35,17 @@ def captioner(tiny_bundle: Path) -> Captioner:
 def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle, to be changed."""
     return shutil.copytree(tiny_bundle, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    """The tiny bundle, open."""
+    return Bundle.open(tiny_bundle)
+
+
+@pytest.fixture
+def fresh_probe() -> Iterator[None]:
+    """Forget what was found out about CUDA, before and after."""
+    engine.cuda_missing.cache_clear()
+    yield
+    engine.cuda_missing.cache_clear()

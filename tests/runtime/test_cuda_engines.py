@@ -9,24 +9,12 @@ import onnxruntime
 import pytest
 
 from caption_rt import _cuda, engine
-from caption_rt.bundle import Bundle
 from caption_rt.devices import Missing
 from caption_rt.engine import Engine
 from caption_rt.errors import EngineError
 from cuda_machines import CPU, CUDA, Driver, cuda_built
 
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle):
-    return Bundle.open(tiny_bundle)
-
-
-@pytest.fixture(autouse=True)
-def fresh_probe():
-    """Forget what was found out about CUDA, before and after."""
-    engine.cuda_missing.cache_clear()
-    yield
-    engine.cuda_missing.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_probe")
 
 
 def test_without_a_driver_nothing_is_loaded_and_auto_has_nothing_to_say(bundle, monkeypatch):

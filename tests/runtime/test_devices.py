@@ -14,25 +14,13 @@ from types import SimpleNamespace
 import onnxruntime
 import pytest
 
-from caption_rt import _cuda, devices, engine
-from caption_rt.bundle import Bundle
+from caption_rt import _cuda, devices
 from caption_rt.devices import Device, missing_driver, parse_device
 from caption_rt.engine import Engine
 from caption_rt.errors import EngineError, OptionsError
 from cuda_machines import CPU, DRIVER, Driver, libraries
 
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle):
-    return Bundle.open(tiny_bundle)
-
-
-@pytest.fixture(autouse=True)
-def fresh_probe():
-    """Forget what was found out about CUDA, before and after."""
-    engine.cuda_missing.cache_clear()
-    yield
-    engine.cuda_missing.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_probe")
 
 
 @pytest.mark.parametrize(

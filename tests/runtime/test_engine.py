@@ -15,17 +15,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from caption_rt import engine
 from caption_rt._gather import gather_model
 from caption_rt._rows import engine_errors, padded
-from caption_rt.bundle import Bundle, TensorSpec
+from caption_rt.bundle import TensorSpec
 from caption_rt.captioner import Captioner
 from caption_rt.engine import DeviceRows, Engine, Graph
 from caption_rt.errors import BundleError, EngineError, OptionsError
 from caption_rt.image import read_photo
 from caption_rt.options import DecodeOptions
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle):
-    return Bundle.open(tiny_bundle)
 
 
 @pytest.fixture(scope="module")

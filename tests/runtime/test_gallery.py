@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -110,17 +109,6 @@ def test_the_page_allows_its_own_script_and_style_and_no_network():
 
 
 # -- In a browser ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # Debian's Chromium; its sandbox does not run as root, which is what a container gives.
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import textwrap
@@ -26,7 +25,6 @@ from caption_train.cli import main
 from caption_train.datasets import load_dataset
 from caption_train.errors import DatasetError
 from caption_train.fetching import Archive, Job, read_archives, space_needed
-from caption_train.unpacking import unpack
 from web import FileServer
 
 PROGRAM = "import sys; from caption_train.cli import main; sys.exit(main())"
@@ -525,83 +523,3 @@ def test_one_process_fetches_at_a_time(
             6,
             f"caption-train: error: another process is fetching into {tmp_path}; wait for it",
         )
-
-
-def entry(name: str, mode: int = stat.S_IFREG | 0o644) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo(name)
-    info.external_attr = mode << 16
-    return info
-
-
-class TestUnpacking:
-    """What an archive of unknown origin may hold."""
-
-    def write(self, folder: Path, *entries: tuple[zipfile.ZipInfo, bytes]) -> Path:
-        path = folder / "a.zip"
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for info, data in (*entries, (entry("t/good.jpg"), b"good")):
-                archive.writestr(info, data, zipfile.ZIP_DEFLATED)
-        return path
-
-    @pytest.mark.parametrize(
-        "name",
-        ["../evil.jpg", "t/../../evil.jpg", "/evil.jpg", "C:/evil.jpg", "t/..\\..\\evil.jpg", "\\\\host\\evil.jpg"],
-    )
-    def test_no_climbing_out(self, tmp_path: Path, name: str) -> None:
-        info = entry("x")
-        info.filename = info.orig_filename = name
-        path = self.write(tmp_path, (info, b"evil"))
-        with pytest.raises(DatasetError, match=r"a.zip, entry '.*': (it leads out of the folder|this is no file name)"):
-            unpack(path, tmp_path / "out", "t/*.jpg")
-        assert not (tmp_path / "out").exists()
-
-    @pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR])
-    def test_no_links_nor_devices(self, tmp_path: Path, kind: int) -> None:
-        path = self.write(tmp_path, (entry("t/link.jpg", kind | 0o777), b"/etc/passwd"))
-        with pytest.raises(DatasetError, match=r"entry 't/link.jpg': it is a link or a device"):
-            unpack(path, tmp_path / "out", "t/*.jpg")
-        assert not (tmp_path / "out").exists()
-
-    def test_no_bombs(self, tmp_path: Path) -> None:
-        path = self.write(tmp_path, (entry("t/bomb.jpg"), bytes(10**7)))
-        with pytest.raises(DatasetError, match=r"would grow from .* to 10,000,004 bytes: it is a decompression bomb"):
-            unpack(path, tmp_path / "out", "t/*.jpg")
-        assert unpack(path, tmp_path / "out", "t/good*.jpg") == (1, 4)
-
-    def test_no_more_than_the_directory_says(self, tmp_path: Path) -> None:
-        path = self.write(tmp_path, (entry("t/lie.jpg"), bytes(100_000)))
-        data = path.read_bytes().replace((100_000).to_bytes(4, "little"), (100).to_bytes(4, "little"))
-        path.write_bytes(data)
-        with pytest.raises(DatasetError, match=r"t/lie.jpg is damaged"):
-            unpack(path, tmp_path / "out", "t/*.jpg")
-        assert not list((tmp_path / "out" / "t").iterdir())
-
-    def test_two_files_of_one_name(self, tmp_path: Path) -> None:
-        with pytest.warns(UserWarning, match="Duplicate name"):
-            path = self.write(tmp_path, (entry("t/good.jpg"), b"other"))
-        with pytest.raises(DatasetError, match="holds two files of one name"):
-            unpack(path, tmp_path / "out", "t/*.jpg")
-
-    def test_damage_is_found_by_the_checksum_of_the_file(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.zip"
-        path.write_bytes(zipped({"t/a.jpg": b"a" * 50, "t/b.jpg": b"b" * 50}).replace(b"b" * 50, b"b" * 49 + b"c"))
-        with pytest.raises(
-            DatasetError, match=r"t/b.jpg is damaged \(Bad CRC-32 .*delete the archive to have it fetched"
-        ):
-            unpack(path, tmp_path / "out", "t/*.jpg")
-        assert content(tmp_path / "out") == {"t/a.jpg": b"a" * 50}
-
-    def test_encrypted(self, tmp_path: Path) -> None:
-        path = self.write(tmp_path)
-        data = bytearray(path.read_bytes())
-        data[data.index(b"PK\x01\x02") + 8] |= 1
-        path.write_bytes(data)
-        with pytest.raises(DatasetError, match="it is encrypted"):
-            unpack(path, tmp_path / "out", "t/*.jpg")
-
-    def test_a_disk_that_takes_no_more(self, tmp_path: Path) -> None:
-        path = self.write(tmp_path)
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "t").touch()  # a file where a folder is needed stands for any trouble of the disk
-        with pytest.raises(DatasetError, match=r"good.jpg cannot be written .* give the same command again to go on"):
-            unpack(path, tmp_path / "out", "t/*.jpg")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from caption_rt import __version__
+from caption_rt._http import web_opener
 from caption_rt.errors import printable
 from caption_train.errors import DatasetError
 from caption_train.files import read_json, write_json
@@ -212,18 +213,7 @@ def _open(address: str, headers: Mapping[str, str], method: str = "GET") -> http
     _check_address(address)
     known = {"User-Agent": f"caption-rt/{__version__}", "Accept-Encoding": "identity"}
     request = urllib.request.Request(address, headers=known | dict(headers), method=method)
-    # Not urllib's usual opener, which also opens files and speaks FTP.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        _Redirects(),
-    ):
-        opener.add_handler(handler)
-    response: http.client.HTTPResponse = opener.open(request, timeout=_TIMEOUT_S)
+    response: http.client.HTTPResponse = web_opener(_Redirects()).open(request, timeout=_TIMEOUT_S)
     return response
 
 

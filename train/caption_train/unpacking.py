@@ -19,6 +19,8 @@ from caption_train.caption_text import photo_name
 from caption_train.errors import DatasetError
 
 _CHUNK = 2**20
+# What zipfile and zlib raise of an archive that is damaged, or (RuntimeError) packed in a way that they do not know.
+_DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError)
 _MOST_FILES = 1_000_000
 _LARGEST_RATIO = 100  # captions as JSON shrink to a fifth, photos hardly; a bomb to a thousandth
 
@@ -40,8 +42,10 @@ def contents(archive: Path, pattern: str) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(archive) as file:
             entries = file.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as exc:
+    except _DAMAGES as exc:
         raise DatasetError(f"{archive} is no zip file, or damaged ({exc}): delete it to have it fetched again") from exc
+    except OSError as exc:
+        raise DatasetError(f"{archive} cannot be read ({exc.strerror or exc}): check its permissions") from exc
     if len(entries) > _MOST_FILES:
         raise DatasetError(f"{archive} has {len(entries):,} entries, and at most {_MOST_FILES:,} are unpacked")
     for entry in entries:
@@ -113,7 +117,7 @@ def _unpack_one(archive: Path, file: zipfile.ZipFile, entry: zipfile.ZipInfo, ta
         if temporary.stat().st_size != entry.file_size:
             raise zipfile.BadZipFile("it is shorter than the archive says")
         os.replace(temporary, target)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as exc:
+    except _DAMAGES as exc:
         _drop(temporary)
         raise DatasetError(
             f"{archive}: {entry.filename} is damaged ({exc}): delete the archive to have it fetched again"
