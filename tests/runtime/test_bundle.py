@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 import caption_rt.bundle
+from bundles import edit_manifest, replace_file
 from caption_rt.bundle import (
     Bundle,
     DecodingSpec,
@@ -24,24 +25,6 @@ from caption_rt.errors import BundleError, CaptionError
 from caption_rt.vocabulary import Vocabulary
 
 FILES = ["README.md", "decoder.onnx", "encoder.onnx", "extractor.onnx", "selftest.json", "vocabulary.json"]
-
-
-def edit_manifest(folder, change):
-    """Apply `change` to the manifest's object; it stays a manifest of these files."""
-    path = folder / "manifest.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-
-
-def replace_file(folder, name, data):
-    """Put another file in the bundle and state it truthfully in the manifest."""
-    (folder / name).write_bytes(data)
-
-    def state(manifest):
-        manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-
-    edit_manifest(folder, state)
 
 
 def arguments(bundle):

@@ -3,9 +3,7 @@
 Each is opened as a program and as the command line open one, with a spy where ONNX Runtime would be given a graph.
 """
 
-import hashlib
 import io
-import json
 import os
 import shutil
 import struct
@@ -19,6 +17,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
+from bundles import edit_manifest, replace_file
 from caption_rt import Captioner
 from caption_rt.bundle import Bundle
 from caption_rt.cli import main
@@ -56,20 +55,6 @@ def refused(sessions, photos, capfd):
         return sentence
 
     return check
-
-
-def edit_manifest(folder, change):
-    path = folder / "manifest.json"
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-
-
-def replace_file(folder, name, data):
-    """Put another file in the bundle and state it truthfully in the manifest."""
-    (folder / name).write_bytes(data)
-    state = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-    edit_manifest(folder, lambda manifest: manifest["files"].update({name: state}))
 
 
 def edit_graph(folder, name, change):

@@ -3,7 +3,10 @@
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 # These import TensorFlow at their head. Without it they are left out, unless nothing may be (see tests/conftest.py).
 NEED_TENSORFLOW = [
@@ -35,3 +38,12 @@ if importlib.util.find_spec("tensorflow") is None and os.environ.get("CAPTION_RT
 
 # Of a checkpoint that does not fit, TensorFlow lists every variable when it is thrown away, at the process' end.
 logging.getLogger("tensorflow").setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """`main` sets what TensorFlow reads; called within this process, that is not to stay."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

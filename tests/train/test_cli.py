@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,15 +42,6 @@ def run(*arguments: object, without: tuple[str, ...] = ()) -> subprocess.Complet
     )
     assert "Traceback" not in result.stderr
     return result
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """`main` sets what TensorFlow reads; called within this process, that is not to stay."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,9 @@
 
 import io
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +17,6 @@ from caption_train.datasets import load_dataset
 from caption_train.photo_facts import fingerprint, look_at, near_pairs
 
 TENSORFLOW = ("h5py", "keras", "matplotlib", "pycocoevalcap", "tensorflow")
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """`main` sets what TensorFlow reads; called within this process, that is not to stay."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def picture(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:

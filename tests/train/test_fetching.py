@@ -71,15 +71,6 @@ FILES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """`main` sets what TensorFlow reads; called within this process, that is not to stay."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 @pytest.fixture
 def server() -> Iterator[FileServer]:
     server = FileServer(dict(FILES))

@@ -1,6 +1,5 @@
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +20,6 @@ pytestmark = pytest.mark.tf
 
 CHANNELS, SIZE, UNITS, TOP_K = 32, 6, 7, 12
 CAPTIONS = ["a dog runs", "a dog sleeps on a mat", "a red boat on the water .\n", "a man with a hat", "it is a zebra"]
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """`main` sets what TensorFlow reads; called within this process, that is not to stay."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 class Attention(keras.Model):
