@@ -16,6 +16,7 @@ import zipfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -303,7 +304,8 @@ def test_killed_from_outside_while_it_unpacks(tmp_path: Path, server: FileServer
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses before each new attempt, which nobody waits for."""
     found: list[float] = []
-    monkeypatch.setattr(download_module.time, "sleep", found.append)
+    # Not `time.sleep` itself, which threads of other tests may be using.
+    monkeypatch.setattr(download_module, "time", SimpleNamespace(**{**vars(time), "sleep": found.append}))
     return found
 
 
