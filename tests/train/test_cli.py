@@ -301,6 +301,7 @@ def test_some_photos_missing(data: Path, tmp_path: Path, caplog: pytest.LogCaptu
     assert not (tmp_path / "run" / "last").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_coco(shared: Path, tmp_path: Path) -> None:
     """The real annotation file, of whose 5,000 photos 20 are there."""
@@ -322,6 +323,7 @@ def test_coco(shared: Path, tmp_path: Path) -> None:
         assert curve.format == "PNG"
 
 
+@pytest.mark.slow
 def test_a_distilled_extractor_trains_a_captioner(data: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
     arguments = ["train", data, teacher, *TINY, "--set=extractor.width=1.0", "--until", "features"]

@@ -123,11 +123,13 @@ def assert_same_run(folder: Path, alone: Path) -> None:
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_devices_of_one_process(alone: Path, tmp_path: Path) -> None:
     ended(start("devices", tmp_path))
     assert_same_run(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_two_processes(alone: Path, tmp_path: Path) -> None:
     _, second = ended(*start_pair(tmp_path))
     assert_same_run(tmp_path, alone)

@@ -134,6 +134,7 @@ CHILD = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL is of Unix")
 def test_a_killed_fine_tuning_goes_on_as_if_nothing_had_been(
     place: Path, base: Path, tuned: Path, tmp_path: Path
@@ -185,6 +186,7 @@ def test_self_critical_training(tuned: Path, critical: Path) -> None:
     assert weights_key(open_run(critical).extractor) == weights_key(open_run(tuned).extractor)
 
 
+@pytest.mark.slow
 def test_a_stopped_self_critical_training_goes_on_as_if_nothing_had_been(
     place: Path, tuned: Path, critical: Path, tmp_path: Path
 ) -> None:

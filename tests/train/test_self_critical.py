@@ -166,6 +166,7 @@ def test_shares_of_a_batch_draw_what_the_whole_does(model: CaptionModel) -> None
     assert drawn([0, 1, 2, 3], step=4) != whole
 
 
+@pytest.mark.slow
 def test_training_raises_the_reward() -> None:
     model = make_model(scale=0.3)
     made = objective(model, samples=8)

@@ -191,6 +191,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(data: Made, unbroken: Train
     assert_same_run(trainer, unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["the record", "the checkpoint"])
 def test_killed_between_two_writes_at_an_epochs_end(
     data: Made, unbroken: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
