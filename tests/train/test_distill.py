@@ -141,6 +141,7 @@ def test_held_out_photos_are_held_out_in_all_views(views: list[Any], tmp_path: P
     assert len(run._train) == 40
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_exactly(unbroken: Path, views: list[Any], tmp_path: Path) -> None:
     steps: list[int] = []
 
@@ -187,6 +188,7 @@ def test_a_photo_that_is_gone(views: list[Any], tmp_path: Path) -> None:
         Distillation(STUDENT, CONFIG, gone, tmp_path / "run").run()
 
 
+@pytest.mark.slow
 def test_the_whole_of_it(photos: list[Path], teacher_file: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, epochs=1, views=1)
     unreadable = tmp_path / "unreadable.png"
