@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 
 import click
 
@@ -50,11 +53,16 @@ def run_command(
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
+    heard: list[int] = []
     try:
-        code = command.main(None if arguments is None else list(arguments), name, standalone_mode=False)
-        sys.stdout.flush()
-        return int(code or 0)
+        with _hearing_ctrl_c(heard):
+            code = command.main(None if arguments is None else list(arguments), name, standalone_mode=False)
+            sys.stdout.flush()
+            return int(code or 0)
     except CaptionError as exc:
+        if heard and isinstance(exc.__cause__, ImportError):
+            complain(name, interrupted)
+            return _INTERRUPTED
         complain(name, str(exc.renamed(names or {})))
         return exc.exit_code
     except click.UsageError as exc:
@@ -64,7 +72,12 @@ def run_command(
     except (click.Abort, KeyboardInterrupt):
         complain(name, interrupted)
         return _INTERRUPTED
-    except ModuleNotFoundError as exc:
+    except ImportError as exc:
+        if heard:
+            complain(name, interrupted)
+            return _INTERRUPTED
+        if not isinstance(exc, ModuleNotFoundError):
+            raise
         package = (exc.name or "").partition(".")[0]
         if package.startswith("caption_"):  # not a missing package but a mistake of ours
             raise
@@ -78,6 +91,31 @@ def run_command(
         remedy = remedy_of(exc)
         complain(name, f"{exc.filename or 'the output cannot be written'}: {reason}{remedy and ': '}{remedy}")
         return CaptionError.exit_code
+
+
+@contextlib.contextmanager
+def _hearing_ctrl_c(heard: list[int]) -> Iterator[None]:
+    """Note that Ctrl-C came, beside raising KeyboardInterrupt for it.
+
+    Modules written in C report whatever ends their initialisation as an ImportError: NumPy and ONNX Runtime do, and one
+    of them forgets why.
+    """
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def say(name: str, message: str) -> None:

@@ -24,6 +24,9 @@ try:
     if not hasattr(onnxruntime, "InferenceSession"):
         raise ImportError("the package is incomplete")
 except ImportError as exc:
+    # pybind11 reports whatever ends a module's initialisation as an ImportError: Ctrl-C too.
+    if isinstance(exc.__cause__, KeyboardInterrupt):
+        raise exc.__cause__ from None
     raise EngineError(
         f"ONNX Runtime cannot be imported ({printable(exc)}): reinstall exactly one of onnxruntime and onnxruntime-gpu"
     ) from exc

@@ -1,10 +1,13 @@
 """How a command ends, whatever ends it."""
 
+import contextlib
+import signal
+
 import click
 import pytest
 
 from caption_rt.console import echo, run_command, say
-from caption_rt.errors import BundleError, CaptionError
+from caption_rt.errors import BundleError, CaptionError, EngineError
 
 
 def ending(error, **options):
@@ -53,6 +56,31 @@ def test_a_command_says_what_to_do_next(capsys):
 def test_a_mistake_in_our_own_imports_is_not_hidden():
     with pytest.raises(ModuleNotFoundError):
         ending(ModuleNotFoundError("none", name="caption_rt.nothing"), extra="train")
+
+
+def test_ctrl_c_that_a_module_in_c_took_for_its_own_failure_is_one(capsys):
+    def module(error):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise error
+
+    @click.command()
+    @click.option("--wrapped", is_flag=True)
+    def command(wrapped):
+        try:
+            module(ImportError("initialization failed"))
+        except ImportError as exc:
+            if wrapped:
+                raise EngineError("cannot be imported") from exc
+            raise
+
+    before = signal.getsignal(signal.SIGINT)
+    for arguments in ([], ["--wrapped"]):
+        assert run_command(command, "try", arguments) == 130
+        assert capsys.readouterr().err.strip() == "try: error: interrupted"
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(ImportError, match="really"):
+        ending(ImportError("it is really broken"))
 
 
 def test_what_a_command_returns_is_its_code(capsys):
