@@ -108,7 +108,7 @@ def main() -> None:
     asked = Reduction(
         ("int8",), calibration, Scored(photos[:2], {x.name: captions[x.name] for x in photos[:2]}), LIMITS
     )
-    reducer = Reducer(fp32, others, [], [], OPTIONS, bundle.vocabulary, asked)
+    reducer = Reducer(fp32, others, [], [], [OPTIONS], bundle.vocabulary, asked)
     table = Table(reducer, scored, bundle)
     print("| int8 | dB grid | dB features | dB log_probs | CIDEr | BLEU-4 | as fp32 | alone as in a batch |")
     print("|---|---|---|---|---|---|---|---|")

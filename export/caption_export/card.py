@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from caption_export.parity import LOG_PROB_TOLERANCE, search_name
-from caption_export.reduced import ReducedReport
+from caption_export.reduced import CaptionsReport, Limits, ReducedReport
 from caption_export.verification import VERIFICATION_FILE, Verification
 from caption_rt.bundle import GridSpec
 from caption_rt.options import DecodeOptions
@@ -165,13 +165,10 @@ def _verification(facts: CardFacts) -> Iterator[str]:
 
 
 def _reduced(report: ReducedReport) -> Iterator[str]:
-    scores, limits = report.scores, report.limits
+    limits, count = report.limits, report.searches[0].captions
     yield f"### {report.precision}"
     yield ""
-    yield (
-        f"Beside float32, on the same images and on {report.photos} photos with real captions "
-        f"({search_name(report.search)}):"
-    )
+    yield f"Beside float32, on the same images and on {count} photos with real captions:"
     yield ""
     yield from _table(
         ["what", "found", "asked for"],
@@ -180,17 +177,8 @@ def _reduced(report: ReducedReport) -> Iterator[str]:
                 [f"signal to quantisation noise, {name}", f"{value:.1f} dB", f"at least {limits.min_sqnr:g} dB"]
                 for name, value in report.sqnr.items()
             ),
-            ["captions with the same words", f"{report.equal:.1%}", f"at least {limits.min_equal:.0%}"],
-            [
-                "CIDEr, float32 and here",
-                f"{scores['fp32']['CIDEr']:.4f}, {scores[report.precision]['CIDEr']:.4f}",
-                f"at most {limits.max_cider_loss:g} lost",
-            ],
-            [
-                "BLEU-4, float32 and here",
-                f"{scores['fp32']['BLEU-4']:.2f}, {scores[report.precision]['BLEU-4']:.2f}",
-                "",
-            ],
+            *(row for search in report.searches for row in _captions(search, limits)),
+            ["bits of a weight", str(report.weight_bits), ""],
             ["bytes of the graphs", str(sum(graph.size for graph in report.graphs)), ""],
         ],
     )
@@ -199,6 +187,15 @@ def _reduced(report: ReducedReport) -> Iterator[str]:
         "Its self-test gives the model TensorFlow's words; their log-probabilities may be "
         f"{report.selftest_tolerance:g} off (here {report.selftest_difference:.2g})."
     )
+
+
+def _captions(search: CaptionsReport, limits: Limits) -> Iterator[list[str]]:
+    """What one search finds, a row a figure."""
+    how, fp32, scores = search_name(search.options), search.fp32, search.scores
+    yield [f"captions with the same words, {how}", f"{search.equal:.1%}", f"at least {limits.min_equal:.0%}"]
+    cider = f"{fp32['CIDEr']:.4f}, {scores['CIDEr']:.4f}"
+    yield [f"CIDEr in float32 and here, {how}", cider, f"at most {limits.max_cider_loss:g} lost"]
+    yield [f"BLEU-4 in float32 and here, {how}", f"{fp32['BLEU-4']:.2f}, {scores['BLEU-4']:.2f}", ""]
 
 
 def _use(facts: CardFacts) -> Iterator[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from caption_rt.console import echo
 from caption_rt.errors import printable
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_REDUCING = (
+    *("dataset", "images", "calibration", "calibration_photos", "scored_photos"),
+    *("max_cider_loss", "min_equal", "min_sqnr", "reduce_range"),
+)
+"""Parameters that only precisions of fewer bits have a use for."""
 
 
 @click.command()
@@ -82,8 +89,16 @@ T = TypeVar("T")
     type=float,
     help="The least signal to quantisation noise of any output, in dB.  [default: 40 of fp16, 20 of int8]",
 )
+@click.option(
+    "--reduce-range",
+    is_flag=True,
+    help="Weights of int8 have 7 bits: for x86 processors without VNNI, where products of 8 bits may saturate.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+@click.pass_context
 def export(
+    context: click.Context,
+    /,
     run: Path,
     out: Path,
     photos: Path,
@@ -104,6 +119,7 @@ def export(
     """
     paths = photos_in(photos)[:limit_photos]
     reduced = tuple(name for name in PRECISIONS if name in reducing["precisions"] and name != "fp32")
+    _check_needed(context, reduced)
     if reduced and reducing["dataset"] is None:
         raise click.UsageError(f"{reduced[0]} is scored on photos with captions: name them with --dataset")
     with quiet_stderr():
@@ -125,9 +141,27 @@ def export(
         reduction=_reduction(run, reduced, **reducing) if reduced else None,
     )
     echo(_table(found.report))
-    for line in map(_summary, found.reduced):
-        echo(line)
+    for report in found.reduced:
+        for line in _summary(report):
+            echo(line)
     echo(f"\n{printable(out)}")
+
+
+def _check_needed(context: click.Context, reduced: tuple[str, ...]) -> None:
+    """See that no option was given that nothing would come of.
+
+    Raises:
+        click.UsageError: One was.
+    """
+    idle = {} if reduced else dict.fromkeys(_REDUCING, "fp16 and int8")
+    if reduced == ("fp16",):
+        idle = {"reduce_range": "int8"}
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in idle and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{parameter.opts[0]} is about {idle[name]}: add --precision int8, or leave it out", context
+            )
 
 
 def _reduction(
@@ -142,6 +176,7 @@ def _reduction(
     max_cider_loss: float | None,
     min_equal: float | None,
     min_sqnr: float | None,
+    reduce_range: bool,
     **_: Any,
 ) -> Callable[[int], Reduction]:
     """What reduced precisions are made and measured with; the photos are read when their size is known."""
@@ -162,7 +197,13 @@ def _reduction(
         captions = {printable(path): texts for path, texts in real.items()}
         references = {photo.name: captions[photo.name] for photo in scored}
         limits = {name: replace(LIMITS[name], **changes) for name in reduced}
-        return Reduction(reduced, read_photos(ranged, size), Scored(scored, references), limits)
+        return Reduction(
+            reduced,
+            read_photos(ranged, size),
+            Scored(scored, references),
+            limits,
+            weight_bits=7 if reduce_range else 8,
+        )
 
     return read
 
@@ -173,16 +214,18 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
     return [items[index * len(items) // kept] for index in range(kept)]
 
 
-def _summary(report: ReducedReport) -> str:
-    """A reduced precision on one line."""
+def _summary(report: ReducedReport) -> Iterator[str]:
+    """A reduced precision on one line, and one more a search."""
+    from caption_export.parity import search_name
+
     name, value = min(report.sqnr.items(), key=lambda item: item[1])
-    scores = report.scores
-    return (
-        f"{report.precision}: {report.equal:.1%} of {report.photos} captions as in fp32, "
-        f"CIDEr {scores[report.precision]['CIDEr']:.4f} ({scores['fp32']['CIDEr']:.4f}), "
-        f"BLEU-4 {scores[report.precision]['BLEU-4']:.2f} ({scores['fp32']['BLEU-4']:.2f}), "
-        f"least signal to noise {value:.1f} dB ({name})"
-    )
+    yield f"{report.precision}: least signal to noise {value:.1f} dB ({name})"
+    for search in report.searches:
+        yield (
+            f"{report.precision}, {search_name(search.options)}: {search.equal:.1%} of {search.captions} captions as "
+            f"in fp32, CIDEr {search.scores['CIDEr']:.4f} ({search.fp32['CIDEr']:.4f}), "
+            f"BLEU-4 {search.scores['BLEU-4']:.2f} ({search.fp32['BLEU-4']:.2f})"
+        )
 
 
 def _table(report: Report) -> str:

@@ -154,7 +154,11 @@ def _reduced(
 ) -> tuple[dict[str, dict[str, ExportedGraph]], tuple[ReducedReport, ...]]:
     """The precisions with the reduced ones; what their self-test allows is put into the self-test's object."""
     own = len(selftest["inputs"])  # the last of the photos that are compared
-    reducer = Reducer(graphs, compared[:-own], compared[-own:], selftest["expected"], search, run.vocabulary, reduction)
+    # A beam may hide what greedy search shows, and the other way round; the bundle is used with either.
+    searches = list(dict.fromkeys([replace(search, beam_size=1, length_penalty=0.0), search]))
+    reducer = Reducer(
+        graphs, compared[:-own], compared[-own:], selftest["expected"], searches, run.vocabulary, reduction
+    )
     made = {precision: reducer.make(precision) for precision in reduction.precisions}
     for precision, (_, report) in made.items():
         selftest["tolerance"][f"{precision}_word_log_prob"] = report.selftest_tolerance

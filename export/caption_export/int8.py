@@ -31,7 +31,7 @@ _PRODUCTS = ("Gather", "MatMul")
 
 
 def quantise(
-    graph: ExportedGraph, seen: Mapping[str, Seen], method: str, in_float: Collection[str] = ()
+    graph: ExportedGraph, seen: Mapping[str, Seen], method: str, in_float: Collection[str] = (), weight_bits: int = 8
 ) -> ExportedGraph:
     """A graph in 8 bits.
 
@@ -40,15 +40,18 @@ def quantise(
         seen: From `caption_export.calibration.observe`.
         method: One of `caption_export.calibration.METHODS`.
         in_float: Names of nodes that stay as they are.
+        weight_bits: 8, or 7, which are -64 to 64: x86 processors without VNNI add two products of an unsigned and a
+            signed number in 16 bits, where 2 * 255 * 127 does not fit and 2 * 255 * 64 does.
 
     Returns:
         The same graph with a file name of its own. The same arguments give the same bytes.
     """
     model = onnx.shape_inference.infer_shapes(onnx.load_model_from_string(graph.data))
     ranges = {name: choose_range(values, method) for name, values in seen.items()}
-    changed = _everywhere if graph.name == "extractor" else _products
+    change = _everywhere if graph.name == "extractor" else _products
+    changed = change(model, ranges, in_float, reduce_range=weight_bits == 7)
     spec = replace(graph.spec, file=f"{graph.name}-int8.onnx")
-    return ExportedGraph(graph.name, canonical_model(changed(model, ranges, in_float), graph.name, spec), spec)
+    return ExportedGraph(graph.name, canonical_model(changed, graph.name, spec), spec)
 
 
 def quantisable(graph: ExportedGraph) -> list[str]:
@@ -74,7 +77,9 @@ def last_nodes(graph: ExportedGraph) -> list[str]:
     return names
 
 
-def _everywhere(model: ModelProto, ranges: dict[str, Range], in_float: Collection[str]) -> ModelProto:
+def _everywhere(
+    model: ModelProto, ranges: dict[str, Range], in_float: Collection[str], *, reduce_range: bool
+) -> ModelProto:
     """Pairs of QuantizeLinear and DequantizeLinear around every operator, which runtimes fuse with it."""
     for node in model.graph.node:
         if node.op_type == "Relu":  # whose input is not looked at: its range is that of the output, cut off there
@@ -88,7 +93,7 @@ def _everywhere(model: ModelProto, ranges: dict[str, Range], in_float: Collectio
     quantizer = QDQQuantizer(
         model,
         per_channel=True,
-        reduce_range=False,
+        reduce_range=reduce_range,
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QUInt8,
         tensors_range=TensorsData(CalibrationMethod.MinMax, tensors),
@@ -102,7 +107,9 @@ def _everywhere(model: ModelProto, ranges: dict[str, Range], in_float: Collectio
     return changed
 
 
-def _products(model: ModelProto, ranges: Mapping[str, Range], in_float: Collection[str]) -> ModelProto:
+def _products(
+    model: ModelProto, ranges: Mapping[str, Range], in_float: Collection[str], *, reduce_range: bool
+) -> ModelProto:
     """Products as MatMulInteger, and what they give in float again.
 
     ONNX Runtime's quantiser writes them with ranges that are found while the graph runs; these are fixed afterwards.
@@ -112,7 +119,7 @@ def _products(model: ModelProto, ranges: Mapping[str, Range], in_float: Collecti
     quantizer = ONNXQuantizer(
         model,
         per_channel=True,
-        reduce_range=False,
+        reduce_range=reduce_range,
         mode=QuantizationMode.IntegerOps,
         static=False,
         weight_qType=QuantType.QInt8,

@@ -5,7 +5,7 @@ Shapes: n photos, m rows (hypotheses), S pixels, P places, C channels, U GRU uni
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -147,10 +147,29 @@ def best_captions(
     Returns:
         The best hypothesis of each photo, in order.
     """
-    found: list[Hypothesis] = []
+    (found,) = captions_by(pipeline, images, [options], vocabulary)
+    return found
+
+
+def captions_by(
+    pipeline: Pipeline, images: NDArray[np.uint8], searches: Sequence[DecodeOptions], vocabulary: Vocabulary
+) -> list[list[Hypothesis]]:
+    """Caption photos by several searches; the extractor sees each photo once.
+
+    Args:
+        pipeline: Either side.
+        images: uint8 [n, S, S, 3].
+        searches: How to search.
+        vocabulary: For the special ids.
+
+    Returns:
+        By search, the best hypothesis of each photo, in order.
+    """
+    found: list[list[Hypothesis]] = [[] for _ in searches]
     for chunk in chunks(images, _PHOTOS):
         stepper = PipelineStepper(pipeline, pipeline.run("extractor", {"images": chunk})["grid"])
-        found += [hypotheses[0] for hypotheses in search(stepper, options, vocabulary)]
+        for captions, options in zip(found, searches, strict=True):
+            captions += [hypotheses[0] for hypotheses in search(stepper, options, vocabulary)]
     return found
 
 

@@ -19,7 +19,7 @@ from caption_export.fp16 import halve
 from caption_export.graphs import ExportedGraph
 from caption_export.int8 import last_nodes, quantisable, quantise
 from caption_export.parity import Photo, Stage, run_rows, search_name, stages
-from caption_export.pipelines import Arrays, OnnxPipeline, PipelineStepper, best_captions
+from caption_export.pipelines import Arrays, OnnxPipeline, PipelineStepper, captions_by
 from caption_export.structure import GraphReport, check_structure
 from caption_rt.bundle import GRAPH_TENSORS
 from caption_rt.options import DecodeOptions
@@ -72,6 +72,29 @@ class Reduction:
     """Photos that ranges are chosen on; others than those that are compared and scored."""
     scored: Scored
     limits: Mapping[str, Limits] = field(default_factory=lambda: LIMITS)
+    weight_bits: int = 8
+    """Of int8: 8, or 7 for processors whose products of 8 bits saturate; see `caption_export.int8.quantise`."""
+
+
+@dataclass(frozen=True)
+class CaptionsReport:
+    """Captions of the photos with real captions, by one search, beside those in float32."""
+
+    options: DecodeOptions
+    """How was searched."""
+    captions: int
+    """How many captions: one a photo."""
+    equal: float
+    """Share of them with the same words."""
+    fp32: Mapping[str, float]
+    """CIDEr and BLEU-4 of those in float32."""
+    scores: Mapping[str, float]
+    """The same of these."""
+
+    @property
+    def cider_loss(self) -> float:
+        """How much lower CIDEr is than in float32; negative where it is higher."""
+        return self.fp32["CIDEr"] - self.scores["CIDEr"]
 
 
 @dataclass(frozen=True)
@@ -88,22 +111,13 @@ class ReducedReport:
     """SQNR in dB by node of the extractor, that node alone being in 8 bits; empty where it was not needed."""
     sqnr: Mapping[str, float]
     """In dB, by "graph.output"."""
-    search: DecodeOptions
-    """How captions were compared."""
-    photos: int
-    """How many photos with real captions."""
-    equal: float
-    """Share of their captions with the same words."""
-    scores: Mapping[str, Mapping[str, float]]
-    """CIDEr and BLEU-4 of "fp32" and of this precision, on these photos."""
+    searches: tuple[CaptionsReport, ...]
+    """Captions by each search, the first of them greedy."""
     selftest_difference: float
     """Largest difference of a word's log-probability in the self-test, in nats."""
+    weight_bits: int
+    """How many bits a weight has: 16, 8 or 7."""
     limits: Limits
-
-    @property
-    def cider_loss(self) -> float:
-        """How much lower CIDEr is than in float32; negative where it is higher."""
-        return self.scores["fp32"]["CIDEr"] - self.scores[self.precision]["CIDEr"]
 
     @property
     def selftest_tolerance(self) -> float:
@@ -152,7 +166,7 @@ class Reducer:
         compared: Sequence[Photo],
         selftest: Sequence[Photo],
         expected: Sequence[Mapping[str, object]],
-        search: DecodeOptions,
+        searches: Sequence[DecodeOptions],
         vocabulary: Vocabulary,
         asked: Reduction,
     ) -> None:
@@ -163,7 +177,7 @@ class Reducer:
             compared: Photos on which outputs are compared.
             selftest: The images of the self-test.
             expected: What TensorFlow makes of them, as in ``selftest.json``.
-            search: How captions are compared and scored.
+            searches: How captions are compared and scored, each of them held against the limits.
             vocabulary: For the special ids.
             asked: The precisions.
 
@@ -172,10 +186,10 @@ class Reducer:
         """
         self._graphs, self._asked, self._vocabulary = graphs, asked, vocabulary
         self._selftest, self._expected = selftest, expected
-        self._search = replace(search, guard=False)
+        self._searches = [replace(search, guard=False) for search in searches]
         fp32 = OnnxPipeline(graphs)
         logger.info("counting what %d photos give in each graph", len(asked.calibration))
-        words = search.max_words
+        words = searches[0].max_words
         self._seen = {
             stage.graph.name: _observed(stage) for stage in stages(fp32, graphs, asked.calibration, vocabulary, words)
         }
@@ -183,7 +197,7 @@ class Reducer:
             stage.graph.name: _Compared(stage, run_rows(fp32, stage, np.arange(len(stage.labels)), _ROWS))
             for stage in stages(fp32, graphs, compared, vocabulary, words)
         }
-        self._fp32_captions, self._fp32_scores = self._caption(fp32)
+        self._fp32 = self._caption(fp32)
 
     def make(self, precision: str) -> tuple[dict[str, ExportedGraph], ReducedReport]:
         """A reduced precision that holds its limits.
@@ -208,14 +222,13 @@ class Reducer:
         methods = {name: self._methods(name) for name in self._graphs}
         chosen = {name: max(found, key=lambda method: found[method]) for name, found in methods.items()}
         last = last_nodes(self._graphs["extractor"])
-        rest = {name: quantise(self._graphs[name], self._seen[name], chosen[name]) for name in ("encoder", "decoder")}
+        rest = {name: self._quantise(name, chosen[name]) for name in ("encoder", "decoder")}
         losses: dict[str, float] = {}
         for count in _KEPT:
             if count == 1:
                 losses = self._losses(chosen["extractor"], last)
             kept = [*last, *list(losses)[:count]]
-            extractor = quantise(self._graphs["extractor"], self._seen["extractor"], chosen["extractor"], kept)
-            graphs = {"extractor": extractor, **rest}
+            graphs = {"extractor": self._quantise("extractor", chosen["extractor"], kept), **rest}
             in_float = {"extractor": kept, "encoder": [], "decoder": []}
             report = self._report("int8", graphs, in_float=in_float, methods=methods, losses=losses)
             try:
@@ -228,24 +241,23 @@ class Reducer:
                 return graphs, report
         raise AssertionError("the last number of nodes returns or raises")
 
+    def _quantise(self, name: str, method: str, in_float: Sequence[str] = ()) -> ExportedGraph:
+        return quantise(self._graphs[name], self._seen[name], method, in_float, self._asked.weight_bits)
+
     def _methods(self, name: str) -> dict[str, float]:
         """SQNR of a graph's first output by how ranges are chosen."""
-        graph, first = self._graphs[name], GRAPH_TENSORS[name][1][0]
-        kept = last_nodes(graph) if name == "extractor" else []
-        found = {}
-        for method in METHODS:
-            found[method] = self._compared[name].sqnr(quantise(graph, self._seen[name], method, kept))[first]
-        return found
+        first = GRAPH_TENSORS[name][1][0]
+        kept = last_nodes(self._graphs[name]) if name == "extractor" else []
+        return {method: self._compared[name].sqnr(self._quantise(name, method, kept))[first] for method in METHODS}
 
     def _losses(self, method: str, last: Sequence[str]) -> dict[str, float]:
         """SQNR of the grid with one node of the extractor in 8 bits, those that lose most first."""
-        graph = self._graphs["extractor"]
-        nodes = [name for name in quantisable(graph) if name not in last]
+        nodes = [name for name in quantisable(self._graphs["extractor"]) if name not in last]
         logger.info("trying the extractor's %d nodes one by one", len(nodes))
         found = {}
         for node in nodes:
             others = [*last, *(name for name in nodes if name != node)]
-            alone = quantise(graph, self._seen["extractor"], method, others)
+            alone = self._quantise("extractor", method, others)
             found[node] = self._compared["extractor"].sqnr(alone, _TRIED_PHOTOS)["grid"]
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
@@ -264,8 +276,12 @@ class Reducer:
             for name, compared in self._compared.items()
             for output, value in compared.sqnr(graphs[name]).items()
         }
-        captions, scores = self._caption(pipeline)
-        equal = [found == wanted for found, wanted in zip(captions, self._fp32_captions, strict=True)]
+        searches = []
+        for options, (wanted, fp32), (found, scores) in zip(
+            self._searches, self._fp32, self._caption(pipeline), strict=True
+        ):
+            equal = [one == other for one, other in zip(found, wanted, strict=True)]
+            searches.append(CaptionsReport(options, len(equal), float(np.mean(equal)), fp32, scores))
         return ReducedReport(
             precision,
             tuple(check_structure(graph) for graph in graphs.values()),
@@ -273,21 +289,22 @@ class Reducer:
             in_float,
             losses or {},
             noise,
-            self._search,
-            len(equal),
-            float(np.mean(equal)),
-            {"fp32": self._fp32_scores, precision: scores},
+            tuple(searches),
             self._selftest_difference(pipeline),
+            16 if precision == "fp16" else self._asked.weight_bits,
             self._asked.limits[precision],
         )
 
-    def _caption(self, pipeline: OnnxPipeline) -> tuple[list[tuple[int, ...]], dict[str, float]]:
-        """Token ids of the scored photos' captions, and their scores."""
+    def _caption(self, pipeline: OnnxPipeline) -> list[tuple[list[tuple[int, ...]], dict[str, float]]]:
+        """By each search: token ids of the scored photos' captions, and their scores."""
         photos, references = self._asked.scored.photos, self._asked.scored.references
-        found = best_captions(pipeline, np.stack([x.pixels for x in photos]), self._search, self._vocabulary)
-        texts = {x.name: self._vocabulary.decode(y.tokens) for x, y in zip(photos, found, strict=True)}
-        scores = score_captions(texts, references)
-        return [hypothesis.tokens for hypothesis in found], {name: scores[name] for name in ("CIDEr", "BLEU-4")}
+        images, found = np.stack([photo.pixels for photo in photos]), []
+        for captions in captions_by(pipeline, images, self._searches, self._vocabulary):
+            texts = {x.name: self._vocabulary.decode(y.tokens) for x, y in zip(photos, captions, strict=True)}
+            scores = score_captions(texts, references)
+            tokens = [hypothesis.tokens for hypothesis in captions]
+            found.append((tokens, {name: scores[name] for name in ("CIDEr", "BLEU-4")}))
+        return found
 
     def _selftest_difference(self, pipeline: OnnxPipeline) -> float:
         largest = 0.0
@@ -324,18 +341,19 @@ def _check(report: ReducedReport) -> None:
             f"{precision}: output {output} of the {graph} graph keeps {value:.1f} dB above its quantisation noise, and "
             f"{limits.min_sqnr:g} dB are asked for"
         )
-    if not report.equal >= limits.min_equal:
-        raise ExportError(
-            f"{precision}: {report.equal:.1%} of {report.photos} captions ({search_name(report.search)}) are those of "
-            f"fp32, and {limits.min_equal:.1%} are asked for"
-        )
-    if not report.cider_loss <= limits.max_cider_loss:
-        scores = report.scores
-        raise ExportError(
-            f"{precision}: CIDEr falls by {report.cider_loss:.4f}, from {scores['fp32']['CIDEr']:.4f} to "
-            f"{scores[precision]['CIDEr']:.4f} on {report.photos} photos ({search_name(report.search)}), and "
-            f"{limits.max_cider_loss:g} is allowed"
-        )
+    for search in report.searches:
+        how = search_name(search.options)
+        if not search.equal >= limits.min_equal:
+            raise ExportError(
+                f"{precision}: {search.equal:.1%} of {search.captions} captions ({how}) are those of fp32, and "
+                f"{limits.min_equal:.1%} are asked for"
+            )
+        if not search.cider_loss <= limits.max_cider_loss:
+            raise ExportError(
+                f"{precision}: CIDEr falls by {search.cider_loss:.4f}, from {search.fp32['CIDEr']:.4f} to "
+                f"{search.scores['CIDEr']:.4f} on {search.captions} photos ({how}), and {limits.max_cider_loss:g} is "
+                "allowed"
+            )
 
 
 def _extractor_may_help(report: ReducedReport) -> bool:

@@ -66,17 +66,21 @@ def _graphs(graphs: Sequence[GraphReport]) -> dict[str, Any]:
 def _reduced(report: ReducedReport) -> dict[str, Any]:
     return {
         "graphs": _graphs(report.graphs),
+        "weight_bits": report.weight_bits,
         "in_float32": {name: list(nodes) for name, nodes in report.in_float.items()},
         "ranges_sqnr_db": {name: _rounded(found, 2) for name, found in report.methods.items()},
         "nodes_sqnr_db": _rounded(report.losses, 2),
         "outputs_sqnr_db": _rounded(report.sqnr, 2),
-        "captions": {
-            "search": search_name(report.search),
-            "captions": report.photos,
-            "equal": round(report.equal, 4),
-            "scores": {name: _rounded(scores, 4) for name, scores in report.scores.items()},
-            "cider_loss": round(report.cider_loss, 4),
-        },
+        "captions": [
+            {
+                "search": search_name(search.options),
+                "captions": search.captions,
+                "equal": round(search.equal, 4),
+                "scores": {"fp32": _rounded(search.fp32, 4), report.precision: _rounded(search.scores, 4)},
+                "cider_loss": round(search.cider_loss, 4),
+            }
+            for search in report.searches
+        ],
         "selftest": {"max_difference": report.selftest_difference, "tolerance": report.selftest_tolerance},
         "limits": asdict(report.limits),
     }

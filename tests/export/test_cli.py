@@ -6,6 +6,8 @@ import pytest
 
 from caption_export import exporting
 from caption_export.errors import ExportError
+from caption_export.reduced import Limits
+from shapes import write_flickr8k
 
 pytestmark = pytest.mark.tf
 
@@ -114,6 +116,43 @@ def test_help_lists_the_commands_and_version_is_the_groups(call):
     assert "  export " in call("--help").stdout
     assert "--limit-photos" in call("export", "--help").stdout
     assert call("--version").stdout.startswith("caption-export ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--calibration", "."),
+        ("--calibration-photos", 64),  # though it is the default
+        ("--scored-photos", 9),
+        ("--max-cider-loss", 1),
+        ("--reduce-range",),
+    ],
+)
+def test_an_option_of_fewer_bits_needs_a_precision_of_fewer_bits(call, run_folder, photos, tmp_path, arguments):
+    result = call(run_folder, tmp_path / "out", "--photos", photos[0].parent, *arguments)
+    assert result.exit_code == 2
+    assert f"{arguments[0]} is about fp16 and int8: add --precision int8, or leave it out" in result.stderr
+    result = call(run_folder, tmp_path / "out", "--photos", photos[0].parent, "--precision", "fp16", "--reduce-range")
+    assert result.exit_code == 2
+    assert "--reduce-range is about int8: add --precision int8, or leave it out" in result.stderr
+
+
+def test_weights_of_7_bits_reach_the_export(call, run_folder, photos, tmp_path, monkeypatch):
+    seen = {}
+
+    def export_bundle(run, paths, out, *, reduction, **options):
+        seen.update(asked=reduction(75))
+        raise ExportError("seen enough")
+
+    monkeypatch.setattr(exporting, "export_bundle", export_bundle)
+    data = write_flickr8k(tmp_path / "data", range(8), range(8, 14))
+    arguments = (run_folder, tmp_path / "out", "--photos", photos[0].parent, "--dataset", data, "--precision", "int8")
+    for more, bits in ((), 8), (("--reduce-range",), 7):
+        call(*arguments, *more, "--max-cider-loss", 0.5, "--calibration-photos", 4, "--scored-photos", 3)
+        asked = seen["asked"]
+        assert (asked.precisions, asked.weight_bits) == (("int8",), bits)
+        assert asked.limits["int8"] == Limits(20.0, 0.5, 0.5)
+        assert (len(asked.calibration), len(asked.scored.photos)) == (4, 3)
 
 
 def test_a_reduced_precision_needs_photos_with_captions(call, run_folder, photos, tmp_path):

@@ -1,6 +1,9 @@
 """fp16 and int8: what is made, what is measured, and what is refused."""
 
+import contextlib
+import io
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +11,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from bundles import change_file
 from caption_export import calibration, reduced
 from caption_export.calibration import BINS, Seen, choose_range, observe
+from caption_export.cli import main
 from caption_export.errors import ExportError
 from caption_export.exporting import export_bundle
 from caption_export.fp16 import LARGEST, halve
@@ -20,6 +25,7 @@ from caption_export.reduced import Limits, Reducer, Reduction, Scored, sqnr
 from caption_export.structure import check_structure
 from caption_rt import Bundle, Captioner, DecodeOptions
 from caption_rt.image import read_photo
+from caption_rt.manifest import PRECISIONS
 from shapes import shape_photo, write_flickr8k
 
 pytestmark = pytest.mark.tf
@@ -55,7 +61,7 @@ def reducer(graphs, run, drawn):
     asked = Reduction(("int8",), photos[6:], Scored(photos[:6], {str(i): captions[str(i)] for i in range(6)}), LOOSE)
     options = DecodeOptions(max_words=6)
     expected = [{"token_ids": [4, 5], "word_log_probs": [-1.0, -1.0]}]
-    return Reducer(graphs, photos[:6], photos[:1], expected, options, run.vocabulary, asked)
+    return Reducer(graphs, photos[:6], photos[:1], expected, [options], run.vocabulary, asked)
 
 
 def operators(graph):
@@ -143,6 +149,21 @@ def test_captions_in_8_bits_do_not_depend_on_the_batch(graphs, reducer, drawn, r
     np.testing.assert_allclose([x.log_prob for x in together], [x.log_prob for x in alone], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["extractor", "decoder"])
+def test_weights_of_7_bits_cannot_saturate(graphs, reducer, name):
+    """Where VNNI is missing, sums of two products are kept in 16 bits."""
+    for bits, most in ((8, 127), (7, 64)):
+        small = quantise(graphs[name], reducer._seen[name], "min-max", weight_bits=bits)
+        check_structure(small)
+        model = onnx.load_model_from_string(small.data)
+        weights = [numpy_helper.to_array(x) for x in model.graph.initializer]
+        weights = [x.astype(int) for x in weights if x.dtype == np.int8 and x.ndim > 1]
+        assert max(np.abs(x).max() for x in weights) == most
+        sqnr_of = reducer._compared[name].sqnr(small)
+        assert min(sqnr_of.values()) > 10
+    assert 2 * 255 * 64 < 2**15 < 2 * 255 * 127
+
+
 def test_half_precision_keeps_float32_where_the_range_needs_it(graphs, seen):
     graph = graphs["extractor"]
     small, kept = halve(graph, seen)
@@ -188,6 +209,17 @@ def test_what_loses_more_than_it_may_is_refused(reducer, monkeypatch, limits, me
         reducer.make("int8")
 
 
+def test_each_search_is_held_against_the_limits(reducer):
+    _, report = reducer.make("int8")
+    (greedy,) = report.searches
+    assert greedy.options.beam_size == 1
+    beam = replace(greedy, options=DecodeOptions(beam_size=3), fp32={"CIDEr": 0.5}, scores={"CIDEr": 0.48})
+    strict = replace(report, limits=Limits(0.0, 0.0, 0.01))
+    reduced._check(replace(strict, searches=(replace(beam, scores={"CIDEr": 0.491}),)))
+    with pytest.raises(ExportError, match=r"CIDEr falls by 0\.0200, from 0\.5000 to 0\.4800 .*\(a beam of 3\)"):
+        reduced._check(replace(strict, searches=(replace(beam, scores=beam.fp32), beam)))
+
+
 def test_nodes_that_lose_most_are_kept_in_float_until_the_limits_hold(reducer, monkeypatch):
     _, first = reducer.make("int8")
     limit = first.sqnr["extractor.grid"] + 0.05
@@ -206,17 +238,31 @@ def test_nodes_that_lose_most_are_kept_in_float_until_the_limits_hold(reducer, m
     assert len(report.in_float["extractor"]) > last
 
 
-def test_a_bundle_in_three_precisions(call, run, run_folder, photos, tmp_path, monkeypatch, graphs):
-    """By the command, and once more here, where other graphs were made before: the same bytes."""
-    data = write_flickr8k(tmp_path / "data", range(8), range(8, 14))
-    arguments = [run_folder, tmp_path / "out", "--photos", photos[0].parent, "--dataset", data, "--license", "CC0-1.0"]
+def exported(out, run_folder, photos, data):
+    """Have the command write a bundle in three precisions, with ranges from real photos; gives what it prints."""
+    arguments = [run_folder, out, "--photos", photos[0].parent, "--calibration", photos[0].parent, "--dataset", data]
     arguments += [x for precision in ("int8", "fp32", "fp16") for x in ("--precision", precision)]
-    loose = ["--min-sqnr", 5, "--min-equal-captions", 0, "--max-cider-loss", 10, "--name", "drawn"]
-    result = call(*arguments, *loose)
-    assert result.exit_code == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines[-4:-2]] == ["fp16", "int8"]
-    bundle = Bundle.open(tmp_path / "out")
+    arguments += ["--min-sqnr", 5, "--min-equal-captions", 0, "--max-cider-loss", 10, "--beam", 2, "--name", "drawn"]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(reduced, "METHODS", ("min-max", "percentile 99.9"))
+        assert main([str(argument) for argument in arguments]) == 0
+    return printed.getvalue().splitlines()
+
+
+@pytest.fixture(scope="module")
+def three(run_folder, photos, tmp_path_factory):
+    """That bundle, opened; what the command printed; and how to write it again."""
+    folder = tmp_path_factory.mktemp("three")
+    data = write_flickr8k(folder / "data", range(8), range(8, 14))
+    lines = exported(folder / "out", run_folder, photos, data)
+    return Bundle.open(folder / "out"), lines, lambda out: exported(out, run_folder, photos, data)
+
+
+def test_a_bundle_in_three_precisions_says_what_was_found(three):
+    bundle, lines, _ = three
+    heads = ["fp16", "fp16, greedy search", "fp16, a beam of 2", "int8", "int8, greedy search", "int8, a beam of 2"]
+    assert [line.split(":")[0] for line in lines[-8:-2]] == heads
     assert list(bundle.manifest.precisions) == ["fp32", "fp16", "int8"]
     found = json.loads(bundle.read("verification.json"))
     assert found["photos"] == 5
@@ -224,20 +270,72 @@ def test_a_bundle_in_three_precisions(call, run, run_folder, photos, tmp_path, m
         *("extractor.grid", "encoder.features", "encoder.keys", "encoder.initial_state"),
         *("decoder.log_probs", "decoder.next_state", "decoder.attention"),
     }
-    assert found["int8"]["captions"]["captions"] == 6
+    for precision, bits in (("fp16", 16), ("int8", 8)):
+        searches = found[precision]["captions"]
+        assert [search["search"] for search in searches] == ["greedy search", "a beam of 2"]
+        for search in searches:
+            assert search["captions"] == 6
+            scores = search["scores"]
+            loss = scores["fp32"]["CIDEr"] - scores[precision]["CIDEr"]
+            assert search["cider_loss"] == pytest.approx(loss, abs=2e-4)
+        assert found[precision]["weight_bits"] == bits
     assert found["int8"]["limits"] == {"min_sqnr": 5.0, "min_equal": 0.0, "max_cider_loss": 10.0}
     for precision in bundle.manifest.precisions:
         assert Captioner.load(bundle, "cpu", precision=precision).self_test().precision == precision
         for name, graph in found[precision]["graphs"].items():
             file = bundle.manifest.precisions[precision][name].file
             assert graph["bytes"] == bundle.manifest.files[file].size
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = bundle.read("README.md").decode()
     assert "### int8" in card
-    assert "| captions with the same words | " in card
-    again = call(*[tmp_path / "again" if x == tmp_path / "out" else x for x in arguments], *loose)
-    assert again.exit_code == 0, again.stderr
-    for path in (tmp_path / "out").iterdir():
+    for search in ("greedy search", "a beam of 2"):
+        assert card.count(f"| captions with the same words, {search} | ") == 2
+
+
+def test_two_exports_in_three_precisions_give_the_same_bytes(three, tmp_path):
+    bundle, _, again = three
+    again(tmp_path / "again")
+    for path in bundle.path.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_bundle_in_three_precisions_is_verified_and_inspected(three, call, photos, tmp_path):
+    """As a folder and as a zip file, on real photos."""
+    bundle, _, _ = three
+    assert call("pack", bundle.path, tmp_path / "drawn.zip").exit_code == 0
+    for path in (bundle.path, tmp_path / "drawn.zip"):
+        result = call("verify", path, "--photos", photos[0].parent)
+        assert (result.exit_code, result.stderr) == (0, "")
+        lines = result.stdout.splitlines()
+        parts = [f"{precision} {graph}" for precision in PRECISIONS for graph in ("extractor", "encoder", "decoder")]
+        tests = [f"{precision} {what}" for precision in PRECISIONS for what in ("self-test", "photos")]
+        assert [line[4:23].strip() for line in lines[:-2]] == ["files", *parts, "verification.json", *tests]
+        assert {line[:3] for line in lines[:-2]} == {"ok "}
+        assert "ok  fp32 photos        3 captioned, the same words 1, 2, 7 at a time" in lines
+        assert lines[-1] == f"{path} is what it says"
+        result = call("inspect", path)
+        rows = [line.split()[:3] for line in result.stdout.splitlines() if line.startswith(tuple(PRECISIONS))]
+        assert rows == [
+            [precision, graph, f"{graph}{'' if precision == 'fp32' else f'-{precision}'}.onnx"]
+            for precision in PRECISIONS
+            for graph in ("extractor", "encoder", "decoder")
+        ]
+        facts = json.loads(call("inspect", path, "--json").stdout)
+        kinds = facts["precisions"]["int8"]["extractor"]["operators"]
+        assert kinds["DequantizeLinear"] > kinds["QuantizeLinear"] > 50
+        assert facts["precisions"]["int8"]["encoder"]["operators"]["MatMulInteger"] == 2
+
+
+def test_a_graph_of_another_precision_in_its_place_is_found(three, tmp_path, call):
+    """The decoder of fp32 stands for that of int8: the hashes are right, but not what the export found."""
+    copy = shutil.copytree(three[0].path, tmp_path / "copy")
+    change_file(
+        copy,
+        "manifest.json",
+        lambda record: record["precisions"]["int8"]["decoder"].update(file="decoder.onnx"),
+    )
+    result = call("verify", copy)
+    assert result.exit_code == 8
+    assert "verification.json is about another decoder graph in int8 than the one in the bundle" in result.stderr
 
 
 def test_a_bundle_of_int8_alone_and_one_that_is_refused(run, graphs, photos, drawn, tmp_path, monkeypatch):
