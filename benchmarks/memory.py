@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from caption_rt.image import PHOTO_SUFFIXES
+from caption_rt._sniff import PHOTO_SUFFIXES
 
 
 def make_folder(originals, folder, count):

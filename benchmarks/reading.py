@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from caption_rt import Captioner, DecodeOptions
-from caption_rt.image import PHOTO_SUFFIXES, open_photo, to_pixels
+from caption_rt._sniff import PHOTO_SUFFIXES
+from caption_rt.image import open_photo, to_pixels
 
 Pixels = NDArray[np.uint8]
 

@@ -1,8 +1,13 @@
-"""What a file is, by its first bytes: a photo of a format that is read, or else what to call it in a sentence."""
+"""What a file is, by its ending or by its first bytes: a photo that is read, or else what a sentence calls it."""
 
 import re
 
-__all__ = ["PHOTO_KINDS", "SNIFFED_BYTES", "other_kind", "photo_kind"]
+__all__ = ["PHOTO_KINDS", "PHOTO_SUFFIXES", "SNIFFED_BYTES", "other_kind", "photo_kind"]
+
+PHOTO_SUFFIXES: frozenset[str] = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".avif")
+).union((".avifs", ".heic", ".heif", ".hif"))
+"""The endings of photos, in lower case: what a scan of a folder takes. What a file holds decides how it is read."""
 
 SNIFFED_BYTES = 1024
 """How many of a file's first bytes are looked at."""

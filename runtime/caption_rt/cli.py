@@ -10,7 +10,7 @@ import caption_rt
 from caption_rt.command_options import OPTION_NAMES, GroupedCommand, is_given, options
 from caption_rt.console import echo, run_command
 from caption_rt.request import Request
-from caption_rt.runs import load_captioner, run
+from caption_rt.runs import load_captioner, opened_bundle, run
 
 __all__ = ["main"]
 
@@ -80,7 +80,7 @@ def _doctor(given: Mapping[str, Any]) -> int:
 
 
 def _self_test(given: Mapping[str, Any]) -> int:
-    with load_captioner(given) as captioner:
+    with load_captioner(given, opened_bundle(given)) as captioner:
         result = captioner.self_test()
         name = captioner.bundle.manifest.name
     if given["as_json"]:

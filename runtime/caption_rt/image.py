@@ -19,12 +19,11 @@ from caption_rt._amounts import byte_counts, pixel_counts
 from caption_rt._arguments import whole_number
 from caption_rt._colour import to_srgb
 from caption_rt._containers import Parts, is_cut_short, orientation_of, scans, take_apart
-from caption_rt._sniff import other_kind, photo_kind
+from caption_rt._sniff import PHOTO_SUFFIXES, other_kind, photo_kind
 from caption_rt.errors import ImageError, Parameter, printable, shown
 
 __all__ = [
     "FORMATS",
-    "PHOTO_SUFFIXES",
     "ImageSource",
     "PhotoLimits",
     "open_photo",
@@ -58,11 +57,6 @@ FORMATS: tuple[str, ...] = tuple(
     if name != "AVIF" or importlib.util.find_spec(module)
 )
 """The file formats that Pillow reads for us, by its names. HEIF comes to them with the extra `heif`."""
-
-PHOTO_SUFFIXES: frozenset[str] = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".avif")
-).union((".avifs", ".heic", ".heif", ".hif"))
-"""The endings of photos, in lower case: what a scan of a folder takes. What a file holds decides how it is read."""
 
 # EXIF 2.32, tag 0x0112: what undoes each orientation that a camera may have stored.
 _UPRIGHT = {

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from caption_rt._sniff import PHOTO_SUFFIXES
 from caption_rt.errors import CaptionError, OptionsError, Parameter, printable, remedy_of, shown
 from caption_rt.ledger import SIDECARS, DamagedLedger, Ledger, Row, key_of
 from caption_rt.outputs import Entry, Known, RunKey, digest_of
@@ -217,8 +218,6 @@ def _without_place(source: Source) -> bool:
 
 def _namesakes(folder: str) -> frozenset[str]:
     """The photos of a folder that could want the same sidecar."""
-    from caption_rt.image import PHOTO_SUFFIXES
-
     try:
         with os.scandir(folder) as found:
             return namesakes(entry.name for entry in found if os.path.splitext(entry.name)[1].lower() in PHOTO_SUFFIXES)

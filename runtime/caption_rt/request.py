@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from caption_rt._sniff import PHOTO_SUFFIXES
 from caption_rt.command_options import check_sampling, decode_options
 from caption_rt.devices import parse_device
 from caption_rt.errors import OptionsError, printable, shown
@@ -137,8 +138,6 @@ class Request:
                 f"the name {shown(self.output)} says {ending_of(self.output)}, and the format is to be "
                 f"{self.format_name}: choose one of them"
             )
-        from caption_rt.image import PHOTO_SUFFIXES  # with NumPy and Pillow, which wrong usage before does without
-
         for name in filter(None, (given["output"], given["ledger"], given["errors"])):
             if os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES:
                 raise click.UsageError(f"{shown(name)} is named like a photo: name another file to write to")

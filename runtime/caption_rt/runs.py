@@ -25,30 +25,44 @@ from caption_rt.sources import Source, distinct, find_sources
 from caption_rt.writers import line_writer
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from caption_rt.batch import Finished
+    from caption_rt.bundle import Bundle
     from caption_rt.captioner import Captioner
     from caption_rt.image import PhotoLimits
 
-__all__ = ["load_captioner", "run"]
+__all__ = ["load_captioner", "opened_bundle", "run"]
 
 _NAME = "caption-rt"
 
 
-def load_captioner(given: Mapping[str, Any]) -> "Captioner":
-    """The model that was asked for; says on standard error if it runs elsewhere than it could.
-
-    Raises:
-        CaptionError: it cannot be loaded.
-    """
+def opened_bundle(given: Mapping[str, Any]) -> "Future[Bundle]":
+    """The bundle that was asked for, opened in a thread: its files are read and hashed while modules are imported."""
     from concurrent.futures import ThreadPoolExecutor
 
     from caption_rt.bundle import Bundle, default_bundle_path
 
-    with ThreadPoolExecutor(1) as pool:
-        # The bundle's files are read and hashed while ONNX Runtime is loaded.
-        bundle = pool.submit(lambda: Bundle.open(default_bundle_path() if given["model"] is None else given["model"]))
-        # Imported late: --help and --version need neither NumPy nor ONNX Runtime.
-        from caption_rt.captioner import Captioner
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(lambda: Bundle.open(default_bundle_path() if given["model"] is None else given["model"]))
+    finally:
+        pool.shutdown(wait=False)
+
+
+def load_captioner(given: Mapping[str, Any], bundle: "Future[Bundle]") -> "Captioner":
+    """The model that was asked for; says on standard error if it runs elsewhere than it could.
+
+    Args:
+        given: the command's options by name.
+        bundle: what `opened_bundle` gave for them.
+
+    Raises:
+        CaptionError: it cannot be loaded.
+    """
+    # Imported late: --help and --version need neither NumPy nor ONNX Runtime.
+    from caption_rt.captioner import Captioner
+
     captioner = Captioner.load(
         bundle.result(),
         given["device"],
@@ -70,6 +84,7 @@ def run(request: Request) -> int:
     Raises:
         CaptionError: the model cannot be loaded, or the output not be written.
     """
+    bundle = opened_bundle(request.given)
     limits = _limits(request.given)
     interrupts = Interrupts(_NAME, "all that was captioned is written" if request.kept else "")
     first, sources = _found(request, limits, interrupts)
@@ -77,7 +92,7 @@ def run(request: Request) -> int:
         say(_NAME, f"note: {note}")
     # A few photos that were named need neither a bar nor a summary.
     many = request.kept or request.output is not None or first is None or not first.named
-    with load_captioner(request.given) as captioner:
+    with load_captioner(request.given, bundle) as captioner:
         return _Run(request, captioner, limits, interrupts, many).carry_out(sources)
 
 

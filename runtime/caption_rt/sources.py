@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from caption_rt._amounts import byte_count
-from caption_rt._sniff import other_kind, photo_kind
+from caption_rt._sniff import PHOTO_SUFFIXES, other_kind, photo_kind
 from caption_rt.errors import ImageError, OptionsError, Parameter, printable, shown
 
 __all__ = ["Selection", "Source", "distinct", "find_sources", "parse_shard"]
@@ -126,7 +126,7 @@ def find_sources(
     """What to caption, in order.
 
     A folder is gone through with its subfolders, all entries in the order of their names' characters. It gives what has
-    a photo's ending (`caption_rt.image.PHOTO_SUFFIXES`, in capitals or not); hidden files and folders, whose names
+    a photo's ending (`caption_rt._sniff.PHOTO_SUFFIXES`, in capitals or not); hidden files and folders, whose names
     begin with a dot, are passed over. A folder that several links lead to, or that a link leads back to, is gone
     through once an argument. One that cannot be looked into gives a source with an error, in every shard.
 
@@ -222,8 +222,6 @@ def _local(argument: str) -> str:
 
 def _scan(top: str, selection: Selection) -> Iterator[Source]:
     """The photos of a folder and of those in it."""
-    from caption_rt.image import PHOTO_SUFFIXES  # with NumPy and Pillow, which --help does without
-
     visited: set[tuple[int, int]] = set()
     # A list a level rather than a recursion: a tree may be deeper than Python's stack.
     levels: list[tuple[str, str, Iterator[tuple[str, bool]]]] = []

@@ -303,6 +303,26 @@ def test_the_script_and_the_module_begin_where_ctrl_c_is_heard():
     assert loaded.stdout.split() == ["caption_rt.errors", "caption_rt", "caption_rt.__main__"]
 
 
+def test_the_process_ends_without_taking_itself_apart_but_in_order(tiny_bundle, photos):
+    """Threads are joined, exit handlers called, all output there; a handler that came before ours is called, too."""
+    last = "class Last:\n    def __del__(self): print('taken apart')\nlast = Last()\n"
+    handler = "atexit.register(print, 'handled')\n"
+    thread = "threading.Timer(0.2, print, ['joined']).start()\n"
+    for begin, end in (("", []), (handler, ["handled", "taken apart"])):
+        code = f"import atexit, sys, threading\nfrom caption_rt.__main__ import main\n{last}{begin}code = main()\n"
+        code += f"atexit.register(print, 'later')\n{thread}print(code)\nsys.exit(code)\n"
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--model", tiny_bundle, photos[2], "missing.jpg"],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 6
+        assert done.stdout.splitlines()[1:] == ["6", "joined", "later", *end], done.stderr
+        assert done.stderr == "caption-rt: error: missing.jpg does not exist: check the path\n"
+
+
 def test_a_package_that_is_missing_is_one_sentence_and_exit_code_2(run, tmp_path, photos):
     for package in ("numpy", "click"):
         (tmp_path / package).mkdir()

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from caption_rt._sniff import PHOTO_SUFFIXES
 from caption_rt.errors import ImageError, OptionsError
-from caption_rt.image import FORMATS, PHOTO_SUFFIXES, PhotoLimits, open_photo, read_file, read_photo, to_pixels
+from caption_rt.image import FORMATS, PhotoLimits, open_photo, read_file, read_photo, to_pixels
 from runtime.make_malformed_images import exif, gif_frame, heic, jpeg_of_scans, png, png_chunk
 
 # What undoes EXIF orientation n, told by where the stored image's top left corner belongs: an L of known pixels.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from caption_rt._sniff import PHOTO_SUFFIXES
 from caption_rt.errors import OptionsError
-from caption_rt.image import PHOTO_SUFFIXES
 from caption_rt.sources import Selection, Source, distinct, find_sources, parse_shard
 
 
