@@ -63,6 +63,11 @@ _BOUND_TYPES = frozenset({"cuda"})
 _CPU_PHOTOS = 4
 # What a bundle is run in on a device where nothing else is asked for: the first that it has.
 _PREFERRED = {"cuda": ("fp16", "fp32", "int8"), "cpu": ("int8", "fp32", "fp16")}
+# A graph that is kept has its weights in a file of their own, which is mapped; all but the smallest (in bytes).
+_WEIGHTS_APART = {
+    "session.optimized_model_external_initializers_file_name": graph_cache.WEIGHTS_FILE,
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+}
 _DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(float)": "float32",
@@ -295,9 +300,7 @@ class Engine:
         def load(name: str) -> Graph:
             spec = precisions[self._precision][name]
             file = bundle.manifest.files[spec.file]
-            # In the others there is little to optimise.
-            worth = name == "extractor" and file.size >= graph_cache.LEAST_SIZE
-            kept = file.sha256 if worth else None
+            kept = file.sha256 if file.size >= graph_cache.LEAST_SIZE else None
             try:
                 return Graph(lambda: bundle.read(spec.file), spec, self._device.name, intra_op_threads, sha256=kept)
             finally:
@@ -419,6 +422,8 @@ def _session(
     with cache.writing(key) as path:
         if path is not None:
             options.optimized_model_filepath = str(path)
+            for entry in _WEIGHTS_APART.items():
+                options.add_session_config_entry(*entry)
             try:
                 return _new_session(read(), name, device, options)
             except EngineError:

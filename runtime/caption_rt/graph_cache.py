@@ -1,9 +1,10 @@
 """Graphs as ONNX Runtime optimised them for this machine, kept in the user's cache, from where they load faster.
 
-A bundle's graphs cannot be so themselves: they would hold nodes for one processor's layout of memory. What is kept is
-named by all that it depends on, and by its own checksum; what has another one, or could be somebody else's, is not
-used. (CRC-32 finds damage. A cryptographic hash would find no more where only the user can write, and takes as long as
-the optimisation that it saves.) Where nothing can be kept, everything works without.
+A bundle's graphs cannot be so themselves: they would hold nodes for one processor's layout of memory. A graph is kept
+as a folder of two files: its nodes, and its weights, which ONNX Runtime maps into memory rather than copies, so that
+processes share them. The folder is named by all that the graph depends on, and by a checksum; what has another one, or
+could be somebody else's, is not used. (CRC-32 finds damage. A cryptographic hash would find no more where only the user
+can write, and takes as long as the optimisation that it saves.) Where nothing can be kept, everything works without.
 
 The environment variable ``CAPTION_RT_CACHE`` names another folder; empty or ``off``, it keeps nothing.
 """
@@ -27,17 +28,19 @@ from pathlib import Path
 
 from caption_rt.errors import printable
 
-__all__ = ["LEAST_SIZE", "VARIABLE", "GraphCache", "cache_folder", "graph_key"]
+__all__ = ["LEAST_SIZE", "VARIABLE", "WEIGHTS_FILE", "GraphCache", "cache_folder", "graph_key"]
 
 _log = logging.getLogger(__name__)
 
 VARIABLE = "CAPTION_RT_CACHE"
 LEAST_SIZE = 2**18
 """Smaller graphs, in bytes, load in milliseconds anyway."""
+WEIGHTS_FILE = "weights.bin"
+"""What a graph's weights are to be called, beside the file that `GraphCache.writing` names."""
 
 # Counted up when what is kept is another thing than before.
-_VERSION = 1
-_LARGEST = 2**31
+_VERSION = 2
+_GRAPH_FILE = "graph.onnx"
 _UNUSED_DAYS = 60
 
 
@@ -82,26 +85,25 @@ class GraphCache:
         self._folder = folder
 
     def find(self, key: str) -> Path | None:
-        """The file of a graph that is kept and whole, or None.
+        """The ONNX file of a graph that is kept and whole, or None.
 
         Args:
             key: from `graph_key`.
         """
-        for path in self._kept(key):
+        for kept in self._kept(key):
             try:
-                if self._checksum(path) == path.name.split(".")[1]:
-                    with contextlib.suppress(OSError):  # the day of its last use, by which `keep` tidies up
-                        os.utime(path)
-                    return path
-            except (OSError, ValueError) as exc:  # ValueError: it is empty
-                _log.debug("%s cannot be read: %s", printable(path), exc)
+                if self._checksum(kept) == kept.name.split(".")[1]:
+                    with contextlib.suppress(OSError):  # the day of its last use, by which `_keep` tidies up
+                        os.utime(kept)
+                    return kept / _GRAPH_FILE
+            except (OSError, ValueError) as exc:  # ValueError: a file is empty
+                _log.debug("%s cannot be read: %s", printable(kept), exc)
         return None
 
     def drop(self, key: str) -> None:
         """Remove a graph that turned out to be of no use."""
-        for path in self._kept(key):
-            with contextlib.suppress(OSError):
-                path.unlink()
+        for kept in self._kept(key):
+            _remove(kept)
 
     @contextlib.contextmanager
     def writing(self, key: str) -> Iterator[Path | None]:
@@ -111,49 +113,69 @@ class GraphCache:
             key: from `graph_key`.
 
         Yields:
-            The path of a file that is not there; None where nothing can be kept.
+            The path of an ONNX file that is not there, beside which `WEIGHTS_FILE` belongs; None where nothing can be
+            kept.
         """
         temporary = self._folder / f".{key}.{secrets.token_hex(4)}.tmp"
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            writable = _own(self._folder.lstat()) and os.access(self._folder, os.W_OK)
+            writable = _own(self._folder.lstat())
+            if writable:
+                temporary.mkdir(mode=0o700)
         except OSError:
             writable = False
         try:
-            yield temporary if writable else None
-            if writable and temporary.is_file():
+            yield temporary / _GRAPH_FILE if writable else None
+            if writable and (temporary / _GRAPH_FILE).is_file():
                 self._keep(key, temporary)
-        except OSError as exc:
+        except (OSError, ValueError) as exc:
             _log.debug("no optimised graph is kept in %s: %s", printable(self._folder), exc)
         finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            _remove(temporary)
 
     def _keep(self, key: str, temporary: Path) -> None:
-        temporary.chmod(0o600)
-        temporary.replace(self._folder / f"{key}.{self._checksum(temporary)}.onnx")
+        for file in temporary.iterdir():
+            file.chmod(0o600)
+        target = self._folder / f"{key}.{self._checksum(temporary)}.graph"
+        _remove(target)  # one that was spoilt: a whole one would have been found
+        temporary.replace(target)
         oldest = time.time() - _UNUSED_DAYS * 86400
-        for path in self._folder.glob("*.onnx"):
-            if path.stat().st_mtime < oldest:
-                path.unlink()
+        for pattern in ("*.graph", ".*.tmp"):
+            for unused in self._folder.glob(pattern):
+                if unused.stat().st_mtime < oldest:
+                    _remove(unused)
 
     def _kept(self, key: str) -> list[Path]:
         try:
-            return sorted(self._folder.glob(f"{key}.*.onnx"))
+            return sorted(self._folder.glob(f"{key}.*.graph"))
         except OSError:
             return []
 
-    def _checksum(self, path: Path) -> str | None:
-        """A file's CRC-32; None if it is another user's, one that others may write, or none at all."""
-        if not _own(self._folder.stat()):
+    def _checksum(self, kept: Path) -> str | None:
+        """The CRC-32 of a graph's files; None if one is another user's, may be written by others, or is no file."""
+        if not (_own(self._folder.stat()) and _own(kept.lstat())):
             return None
-        with path.open("rb") as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode) or not _own(facts) or facts.st_size > _LARGEST:
-                return None
-            # ONNX Runtime maps the file as well: nowhere is it copied.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return f"{zlib.crc32(data):08x}"
+        checksum = 0
+        for name in (_GRAPH_FILE, WEIGHTS_FILE):
+            path = kept / name
+            if name == WEIGHTS_FILE and not path.exists():  # no weights of any size
+                continue
+            with path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+                if not stat.S_ISREG(facts.st_mode) or not _own(facts):
+                    return None
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    checksum = zlib.crc32(data, checksum)
+        return f"{checksum:08x}"
+
+
+def _remove(kept: Path) -> None:
+    """Remove a graph, as far as it is there; nothing else than its two files."""
+    for name in (_GRAPH_FILE, WEIGHTS_FILE):
+        with contextlib.suppress(OSError):
+            (kept / name).unlink()
+    with contextlib.suppress(OSError):
+        kept.rmdir()
 
 
 def _own(facts: os.stat_result) -> bool:

@@ -1,6 +1,7 @@
 """Optimised graphs in the user's cache: found again, never believed, and done without."""
 
 import os
+import shutil
 import stat
 import sys
 import time
@@ -50,17 +51,19 @@ def test_a_graph_is_optimised_once(folder, load):
     assert reads == 1
     np.testing.assert_array_equal(first, second)
     assert list(folder.iterdir()) == [kept]
+    assert sorted(file.name for file in kept.iterdir()) == ["graph.onnx", "weights.bin"]
     if sys.platform != "win32":
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+        assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(kept.stat().st_mode) == 0o700
+        assert {stat.S_IMODE(file.stat().st_mode) for file in kept.iterdir()} == {0o600}
 
 
-def test_a_changed_byte_is_not_believed(folder, load):
+@pytest.mark.parametrize("name", ["graph.onnx", "weights.bin"])
+def test_a_changed_byte_is_not_believed(folder, load, name):
     first, _ = load()
     (kept,) = folder.iterdir()
-    data = bytearray(kept.read_bytes())
+    data = bytearray((kept / name).read_bytes())
     data[len(data) // 2] ^= 1
-    kept.write_bytes(data)
+    (kept / name).write_bytes(data)
     again, reads = load()
     assert reads == 2
     np.testing.assert_array_equal(first, again)
@@ -71,7 +74,7 @@ def test_a_file_that_onnxruntime_refuses_is_thrown_away(folder, load):
     load()
     (kept,) = folder.iterdir()
     key = kept.name.split(".")[0]
-    kept.unlink()
+    shutil.rmtree(kept)
     with GraphCache(folder).writing(key) as path:
         path.write_bytes(b"no graph")
     assert load()[1] == 2
@@ -79,18 +82,40 @@ def test_a_file_that_onnxruntime_refuses_is_thrown_away(folder, load):
 
 
 @posix
-@pytest.mark.parametrize("spoil", ["file", "folder"])
-def test_what_others_may_write_is_not_believed(folder, load, spoil):
+@pytest.mark.parametrize("spoilt", ["", ".", "graph.onnx", "weights.bin"])
+def test_what_others_may_write_is_not_believed(folder, load, spoilt):
     load()
     (kept,) = folder.iterdir()
-    (kept if spoil == "file" else folder).chmod(0o777)
+    (kept / spoilt if spoilt else folder).chmod(0o777)
     assert load()[1] == 2
 
 
-def test_an_empty_file_is_not_believed(folder, load):
+@posix
+@pytest.mark.parametrize("name", ["graph.onnx", "weights.bin"])
+def test_a_link_to_what_is_another_users_is_not_believed(folder, load, name):
     load()
     (kept,) = folder.iterdir()
-    kept.write_bytes(b"")
+    (kept / name).rename(folder / "moved")
+    (folder / "moved").chmod(0o666)
+    (kept / name).symlink_to(folder / "moved")
+    assert load()[1] == 2
+
+
+@pytest.mark.parametrize("name", ["graph.onnx", "weights.bin"])
+def test_an_empty_file_is_not_believed(folder, load, name):
+    load()
+    (kept,) = folder.iterdir()
+    (kept / name).write_bytes(b"")
+    assert load()[1] == 2
+    assert load()[1] == 2
+
+
+@pytest.mark.parametrize("name", ["graph.onnx", "weights.bin"])
+def test_half_a_graph_is_not_believed(folder, load, name):
+    load()
+    (kept,) = folder.iterdir()
+    (kept / name).unlink()
+    assert load()[1] == 2
     assert load()[1] == 2
 
 
@@ -149,18 +174,21 @@ def test_the_key_is_all_that_it_depends_on(monkeypatch):
 
 def test_what_was_not_used_for_months_goes(folder, load):
     load()
-    old = folder / f"{'0' * 32}.{'1' * 8}.onnx"
-    old.write_bytes(b"old")
-    os.utime(old, (0, time.time() - 61 * 86400))
-    (kept,) = set(folder.iterdir()) - {old}
-    kept.unlink()
+    (kept,) = folder.iterdir()
+    old = folder / f"{'0' * 32}.{'1' * 8}.graph", folder / f".{'0' * 32}.{'1' * 8}.tmp"
+    for unused in old:
+        unused.mkdir()
+        (unused / "graph.onnx").write_bytes(b"old")
+        os.utime(unused, (0, time.time() - 61 * 86400))
+    (folder / "others.graph").write_bytes(b"not ours")
+    shutil.rmtree(kept)
     load()
-    assert not old.exists()
+    assert sorted(folder.iterdir()) == [kept, folder / "others.graph"]
 
 
-def test_only_extractors_of_some_size_are_kept(folder, tiny_bundle, monkeypatch):
+def test_only_graphs_of_some_size_are_kept(folder, tiny_bundle, monkeypatch):
     engine.Engine(Bundle.open(tiny_bundle), "cpu")
     assert not folder.exists()
     monkeypatch.setattr(graph_cache, "LEAST_SIZE", 0)
     engine.Engine(Bundle.open(tiny_bundle), "cpu")
-    assert len(list(folder.iterdir())) == 1
+    assert len(list(folder.iterdir())) == 3
