@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from caption_rt.errors import CaptionError, OptionsError, printable
+from caption_rt.errors import CaptionError, OptionsError, printable, remedy_of
 from caption_rt.image import ImageSource, open_photo
 
 if TYPE_CHECKING:
@@ -147,7 +147,10 @@ def save_plot(image: ImageSource, caption: "Caption", path: str | os.PathLike[st
         figure.savefig(temporary, format=target.suffix[1:].lower(), dpi=dpi)
         os.replace(temporary, target)
     except OSError as exc:
-        raise CaptionError(f"the plot {printable(target)} cannot be written: {printable(exc.strerror or exc)}") from exc
+        reason = printable(exc.strerror or exc)
+        raise CaptionError(
+            f"the plot {printable(target)} cannot be written ({reason}): {remedy_of(exc) or 'name a file elsewhere'}"
+        ) from exc
     finally:
         temporary.unlink(missing_ok=True)
 

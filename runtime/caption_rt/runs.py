@@ -108,9 +108,8 @@ class _Run:
         self._limits = limits
         self._interrupts = interrupts
         self._options = decode_options(captioner.default_options, request.given)
-        unknown = _unknown_words(captioner, self._options)
-        if unknown:
-            say(_NAME, f"note: --ban names what the model does not know, and would never say: {unknown}")
+        for note in _notes(captioner, self._options, request.given):
+            say(_NAME, f"note: {note}")
         self._tally = Tally()
         self._errors: ErrorsFile | None = None
         self._last: Entry | None = None
@@ -278,10 +277,18 @@ def _each_once(request: Request, sources: Iterator[Source]) -> Iterator[Source]:
     return distinct(sources) if request.kept and not alone else sources
 
 
-def _unknown_words(captioner: "Captioner", options: DecodeOptions) -> str:
+def _notes(captioner: "Captioner", options: DecodeOptions, given: Mapping[str, Any]) -> Iterator[str]:
+    """What of the options of decoding changes nothing, with this model."""
+    if given["length_penalty"] is not None and options.strategy != "beam":
+        why = "sampling keeps no beam" if options.sample else "a beam of 1 has one"
+        yield f"--length-penalty chooses among a beam's captions, and {why}"
+    if options.no_repeat_ngram >= options.max_words:
+        most = options.max_words
+        yield f"--no-repeat-ngram {options.no_repeat_ngram} forbids nothing: captions have at most {most} words"
     vocabulary = captioner.bundle.vocabulary
     unknown = [word for word in options.banned_words if set(vocabulary.encode(word)) == {vocabulary.unk_id}]
-    return ", ".join(map(printable, unknown))
+    if unknown:
+        yield f"--ban names what the model does not know, and would never say: {', '.join(map(printable, unknown))}"
 
 
 def _fetched(source: Source, limits: "PhotoLimits") -> Source:

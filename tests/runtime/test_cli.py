@@ -270,6 +270,24 @@ def test_options_that_change_nothing_are_noted(run, photos):
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            "--beam 1 --length-penalty 1",
+            "--length-penalty chooses among a beam's captions, and a beam of 1 has one",
+        ),
+        ("--sample --length-penalty 0", "--length-penalty chooses among a beam's captions, and sampling keeps no beam"),
+        ("--no-repeat-ngram 5 --max-words 5", "--no-repeat-ngram 5 forbids nothing: captions have at most 5 words"),
+        ("--beam 2 --length-penalty 1 --no-repeat-ngram 4 --max-words 5", None),
+    ],
+)
+def test_options_of_decoding_that_change_nothing_are_noted(run, photos, arguments, said):
+    done = run(photos[2], *arguments.split())
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == ([f"caption-rt: note: {said}"] if said else [])
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_in_the_first_moments_is_one_sentence(tiny_bundle, photos):
     """While NumPy, ONNX Runtime and the like are imported, at whatever moment."""
