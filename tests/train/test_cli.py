@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from caption_train.cli import main
+from caption_train.datasets import load_dataset
 from caption_train.files import read_json_lines
 from caption_train.scores import score_captions
 from caption_train.settings import load_settings
@@ -231,6 +232,7 @@ def test_wrong_calls_are_one_sentence(
         (["train", "{tmp}/set", "{tmp}/run", "--start-from", "{tmp}/run"], 6, "2 of the 4 photos of"),
         (["settings", "papers"], 2, "'papers' is not one of 'default', 'tutorial', 'paper'"),
         (["train", "{tmp}/set", "{tmp}/empty.json"], 2, "is a file"),
+        (["distill", "{data}/images", "--out", "{tmp}/run", "--captions", "{data}"], 2, "give both or neither"),
         (["distill", "{tmp}/gone", "--out", "{tmp}/run"], 6, "gone: there is no such folder of photos"),
     ],
 )
@@ -326,17 +328,25 @@ def test_coco(shared: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_distilled_extractor_trains_a_captioner(data: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher"
-    arguments = ["train", data, teacher, *TINY, "--set=extractor.width=1.0", "--until", "features"]
+    arguments = ["train", data, teacher, *TINY, "--set=extractor.width=1.0"]
     assert main([*map(str, arguments)]) == 0
     student = tmp_path / "student"
-    (tmp_path / "unseen.txt").write_text("0.jpg\n")
-    distill = run(
-        *("distill", data / "images", "--out", student, "--exclude", tmp_path / "unseen.txt"),
-        *("--teacher-weights", teacher / "extractor.weights.h5", "--teacher-layer", "mixed0", "--layer", "mixed0"),
-        *("--width", "0.1", "--size", "75", "--epochs", "2", "--views", "1", "--batch-size", "4"),
-    )
+    validation = [image.path.name for image in load_dataset(data).validation]
+    (tmp_path / "unseen.txt").write_text("\n".join(validation))
+    arguments = [
+        *("distill", data / "images", "--captioner", teacher, "--captions", data),
+        *("--teacher-weights", teacher / "extractor.weights.h5", "--teacher-layer", "mixed0", "--teacher-size", "75"),
+        *("--width", "0.1", "--layer", "mixed0", "--size", "75"),
+        *("--rounds", "2", "--passes", "2", "--batch-size", "4"),
+    ]
+    seen = run(*arguments, "--out", tmp_path / "seen")
+    assert seen.returncode == 2
+    assert "are among PHOTOS: --exclude them" in seen.stderr
+    distill = run(*arguments, "--out", student, "--exclude", tmp_path / "unseen.txt")
     assert (distill.returncode, distill.stdout) == (0, f"{student}\n"), distill.stderr
-    assert json.loads((student / "distillation.json").read_text())["distillation"]["photos"] == 10
+    records = read_json_lines(student / "distill.jsonl")
+    assert [0 <= record["CIDEr"] <= 10 for record in records if record["round"] in (1, 2)] == [True, True]
+    assert json.loads((student / "distillation.json").read_text())["distillation"]["photos"] == 11 - len(validation)
     arguments = ["train", data, tmp_path / "run", "--set", f"extractor.weights={student}", "--until", "features"]
     assert main([*map(str, arguments)]) == 0
     extractor = json.loads((tmp_path / "run" / "run.json").read_text())["extractor"]

@@ -156,6 +156,8 @@ def test_a_checkpoint_holds_the_upper_part(pixels: np.ndarray, tmp_path: Path) -
     [
         ("mixed8", "mixed9", "trainable_from mixed9 comes after mixed8, from which the grid is taken"),
         ("mixed8", "mixed0", r"trainable_from must be one of mixed1, .*, mixed10, not 'mixed0'"),
+        ("stage3", "mixed1", "trainable_from must be one of stage2, stage3, not 'mixed1'"),
+        ("stage2", "stage3", "trainable_from stage3 comes after stage2, from which the grid is taken"),
         ("mixed8", "conv_3", r"trainable_from must be one of mixed1, .*, mixed10, not 'conv_3'"),
     ],
 )

@@ -158,7 +158,11 @@ def test_copy_refuses_other_shapes(reference: keras.Model, tiny: keras.Model) ->
         ({"width": -1.0}, "extractor width -1.0 is out of range"),
         ({"width": float("nan")}, "extractor width nan is out of range"),
         ({"size": 74}, "extractor size 74 is too small: InceptionV3 needs at least 75 pixels"),
-        ({"layer": "mixed11"}, "extractor layer 'mixed11' does not exist: choose one of mixed0, .*, mixed10$"),
+        ({"size": 48, "layer": "stage1"}, "extractor size 48 is too small: the network needs at least 49 pixels"),
+        (
+            {"layer": "mixed11"},
+            "extractor layer 'mixed11' does not exist: choose one of mixed0, .*, mixed10, .*stage3$",
+        ),
     ],
 )
 def test_config_refuses(options: dict[str, object], sentence: str) -> None:

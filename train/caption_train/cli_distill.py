@@ -11,7 +11,7 @@ from caption_rt.console import echo
 from caption_rt.errors import OptionsError, printable
 from caption_train.cli_options import COUNT, FOLDER, PATH, training_bar
 from caption_train.console import quiet_stderr
-from caption_train.datasets import photos_in
+from caption_train.datasets import load_dataset, photos_in
 
 
 @click.command()
@@ -23,15 +23,31 @@ from caption_train.datasets import photos_in
     "--teacher-weights", metavar="imagenet|FILE", default="imagenet", help="'imagenet' (downloaded) or a weights file."
 )
 @click.option("--teacher-layer", default="mixed10", help="Block of the teacher that is reproduced, mixed0 to mixed10.")
-@click.option("--width", type=float, default=0.25, help="Width multiplier of the student.")
-@click.option("--layer", default="mixed10", help="Block of the student whose output is its grid, mixed0 to mixed10.")
-@click.option("--size", type=int, default=299, help="Pixels to a side of the photos, for both.")
-@click.option("--epochs", type=COUNT, default=10, help="Passes over all views.")
-@click.option("--views", type=COUNT, default=2, help="Views of each photo: the whole, and crops.")
-@click.option("--batch-size", type=COUNT, default=64, help="Views a step.")
-@click.option("--learning-rate", type=float, default=2e-3, help="The highest; it falls along a cosine.")
-@click.option("--checkpoint-steps", type=COUNT, default=100, help="Steps between checkpoints.")
-@click.option("--seed", type=int, default=0, help="Of weights, held-out photos, order and augmentation.")
+@click.option("--teacher-size", type=int, default=299, help="Pixels to a side of the teacher's photos.")
+@click.option("--width", type=float, default=1.0, help="Width multiplier of the student.")
+@click.option(
+    "--layer",
+    default="stage3",
+    help="The student's block whose output is its grid: stage1 to stage3 of a residual network, or mixed0 to mixed10.",
+)
+@click.option("--size", type=int, default=224, help="Pixels to a side of the student's photos.")
+@click.option("--rounds", type=COUNT, default=24, help="New views of every photo.")
+@click.option("--passes", type=COUNT, default=5, help="Passes' worth of steps a round.")
+@click.option("--window", type=COUNT, default=4, help="Rounds whose views are learnt from: the newest ones.")
+@click.option("--batch-size", type=COUNT, default=32, help="Views a step.")
+@click.option("--learning-rate", type=float, default=1e-3, help="The highest; it falls along a cosine.")
+@click.option("--checkpoint-steps", type=COUNT, default=250, help="Steps between checkpoints.")
+@click.option("--seed", type=int, default=0, help="Of weights, held-out photos, and what is drawn in each step.")
+@click.option(
+    "--start-from",
+    type=PATH,
+    metavar="FILE",
+    help="Begin with the small.npz of a run that was stopped elsewhere, at its next round.",
+)
+@click.option(
+    "--captioner", type=FOLDER, metavar="RUN", help="A captioner trained on the teacher's grids: progress in CIDEr."
+)
+@click.option("--captions", type=PATH, metavar="DATA", help="The data set of the captioner, for its validation photos.")
 def distill(
     photos: tuple[Path, ...],
     out: Path,
@@ -39,15 +55,21 @@ def distill(
     exclude: Path | None,
     teacher_weights: str,
     teacher_layer: str,
+    teacher_size: int,
     width: float,
     layer: str,
     size: int,
+    start_from: Path | None,
+    captioner: Path | None,
+    captions: Path | None,
     **options: Any,
 ) -> None:
     """Train a small extractor to reproduce a large one's grid, on the photos of the folders PHOTOS (no captions).
 
     Give OUT to 'train' as the setting extractor.weights. After a stop, the same command goes on.
     """
+    if (captioner is None) != (captions is None):
+        raise OptionsError("--captioner and --captions go together: give both or neither")
     paths = [path for folder in photos for path in photos_in(folder)]
     if exclude is not None:
         unseen = _lines(exclude, "--exclude")
@@ -55,16 +77,27 @@ def distill(
     with quiet_stderr():
         from caption_train.distill import DistillConfig, run_distillation
         from caption_train.inception import ExtractorConfig
+        from caption_train.runs import data_choices, open_run
 
+    judges = None
+    if captioner is not None and captions is not None:
+        validation = load_dataset(captions, **data_choices(captioner)).validation
+        if seen := {path.name for path in paths} & {image.path.name for image in validation}:
+            raise OptionsError(
+                f"{len(seen)} validation photos of {captions}, such as {min(seen)}, are among PHOTOS: --exclude them"
+            )
+        judges = open_run(captioner), validation
     run_distillation(
         paths,
-        ExtractorConfig(1.0, size, teacher_layer),
+        ExtractorConfig(1.0, teacher_size, teacher_layer),
         teacher_weights,
         ExtractorConfig(width, size, layer),
         DistillConfig(**options),
         out,
         cache or out / "teacher",
         training_bar,
+        start_from=start_from,
+        captioner=judges,
     )
     echo(printable(out))
 

@@ -1,38 +1,41 @@
 """Teaches a small extractor to see what a large one sees, from photos alone.
 
 The student's grid, through a linear map that is thrown away afterwards, learns to reproduce the teacher's grid: hints
-as in Romero et al. 2015, "FitNets", at every place of the grid; and both see the very same crop, as Beyer et al. 2021,
-"Knowledge distillation: a good teacher is patient and consistent", ask for. The teacher is slow, so that what it says
-about a fixed number of views of each photo is kept in a `GridCache`; a view is flipped together with its grid.
+as in Romero et al. 2015, "FitNets", at every place of the grid. Both see the very same view of a photo, there are ever
+new views, and there is no end to patience: Beyer et al. 2021, "Knowledge distillation: a good teacher is patient and
+consistent". The teacher is slow, so a run goes in rounds: in each one the teacher looks at a new view of every photo,
+and the student takes some passes' worth of steps over the views of the last few rounds, flipped together with their
+grids every other time.
 
 No weight of the teacher enters the student: it starts at random and sees the teacher's outputs only.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
+import os
 import time
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
-from PIL import Image
 
 from caption_rt.errors import OptionsError
-from caption_rt.image import open_photo, read_photo
-from caption_train.cache import ABSENT, GridCache
+from caption_train.captioned import CaptionedImage
 from caption_train.checkpoints import Checkpoints, tensorflow_errors
-from caption_train.errors import TrainingError
+from caption_train.distill_progress import Examiner
+from caption_train.distill_views import WHOLE, Teacher, Views, compute_in_bfloat16, forget, read_view
+from caption_train.errors import TrainingError, first_line
 from caption_train.files import (
     append_json_line,
     read_json,
@@ -45,19 +48,20 @@ from caption_train.inception import (
     DISTILLATION,
     ExtractorConfig,
     build_extractor,
-    extract_with,
     load_extractor_weights,
     save_extractor,
-    weights_key,
 )
+from caption_train.runs import Run
 from caption_train.schedules import WarmupCosine
 
 logger = logging.getLogger(__name__)
 
-_CROP_AREA = (0.35, 1.0)
-_CROP_ASPECT = (3 / 4, 4 / 3)
+SMALL = "small.npz"
+"""In a run folder: what another machine needs to go on, without the optimiser's state and in half the bytes."""
+
 _LOOK_AHEAD = 4  # batches read while the network is busy
 _KEPT_CHECKPOINTS = 2
+_AVERAGED_STEPS = 1000
 _OPTIONS, _HISTORY = "options.json", "distill.jsonl"
 
 
@@ -65,22 +69,24 @@ _OPTIONS, _HISTORY = "options.json", "distill.jsonl"
 class DistillConfig:
     """Options of a distillation run."""
 
-    epochs: int = 10
-    """Passes over all views."""
-    views: int = 2
-    """Views of each photo: the first is the whole photo, the others are crops."""
-    batch_size: int = 64
+    rounds: int = 24
+    """New views of every photo."""
+    passes: int = 5
+    """Passes' worth of steps a round."""
+    window: int = 4
+    """Rounds whose views are learnt from: the newest ones."""
+    batch_size: int = 32
     """Views a step."""
-    learning_rate: float = 2e-3
-    """Peak of the schedule: linear warm-up over the first 3 %, then a cosine down to zero."""
-    weight_decay: float = 1e-4
+    learning_rate: float = 1e-3
+    """Peak of the schedule: linear warm-up over the first 1 %, then a cosine down to zero."""
+    weight_decay: float = 2e-2
     """Decoupled, as in AdamW (Loshchilov and Hutter 2019)."""
     validation: int = 256
     """Photos that are held out to measure the loss on."""
-    checkpoint_steps: int = 100
+    checkpoint_steps: int = 250
     """Steps between two checkpoints."""
     seed: int = 0
-    """Of the initial weights, the held-out photos, the order and the augmentation."""
+    """Of the initial weights, the held-out photos, and what is drawn in each step."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -88,7 +94,7 @@ class DistillConfig:
         Raises:
             OptionsError: A number out of its range.
         """
-        for name in ("epochs", "views", "batch_size", "validation", "checkpoint_steps"):
+        for name in ("rounds", "passes", "window", "batch_size", "validation", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise OptionsError(f"distillation: {name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
@@ -97,125 +103,94 @@ class DistillConfig:
             raise OptionsError(f"distillation: weight_decay must not be below 0, as {self.weight_decay} is")
 
 
-@dataclass(frozen=True)
-class Views:
-    """One view of each photo, and what the teacher says about it."""
-
-    paths: tuple[Path, ...]
-    """The photos that can be read."""
-    view: int
-    """Which view, as `read_view` numbers them."""
-    rows: NDArray[np.int64]
-    """The rows of the teacher's grids in the cache, int64 [len(paths)]."""
-    cache: GridCache
-    """Where the grids are."""
-
-
-def read_view(path: Path, size: int, view: int) -> NDArray[np.uint8]:
-    """Read one view of a photo: the same crop whoever asks.
-
-    Args:
-        path: The photo.
-        size: Height and width of the view, in pixels.
-        view: 0 is the whole photo; each other number is a crop drawn by the photo's content and that number.
-
-    Returns:
-        uint8 [size, size, 3] RGB.
-
-    Raises:
-        ImageError: The photo cannot be read.
-    """
-    if view == 0:
-        return read_photo(path, size)
-    photo = open_photo(path)
-    rng = np.random.default_rng([view, *hashlib.sha256(photo.tobytes()).digest()[:8]])
-    area = photo.width * photo.height * rng.uniform(*_CROP_AREA)
-    aspect = math.exp(rng.uniform(math.log(_CROP_ASPECT[0]), math.log(_CROP_ASPECT[1])))
-    width = min(photo.width, round(math.sqrt(area * aspect)))
-    height = min(photo.height, round(math.sqrt(area / aspect)))
-    left, top = (int(rng.integers(0, room + 1)) for room in (photo.width - width, photo.height - height))
-    box = (left, top, left + width, top + height)
-    return np.asarray(photo.resize((size, size), Image.Resampling.BILINEAR, box=box))
-
-
-def teacher_views(
-    teacher: keras.Model,
-    config: ExtractorConfig,
-    photos: Sequence[Path],
-    views: int,
-    cache_folder: Path,
-) -> list[Views]:
-    """Compute, or find in the cache, what the teacher says about every view of every photo.
-
-    Raises:
-        TrainingError: The cache cannot be written.
-    """
-    rows, columns, channels = teacher.output_shape[1:]
-    weights, found = weights_key(teacher), []
-    for view in range(views):
-        key = f"{weights} {asdict(config)} view {view}"
-        cache = GridCache.open(cache_folder, key, (rows * columns, channels))
-        indices = cache.fill(photos, extract_with(teacher), read=partial(read_view, size=config.size, view=view))
-        readable = [int(i) for i in np.flatnonzero(indices != ABSENT)]
-        found.append(Views(tuple(photos[i] for i in readable), view, indices[readable], cache))
-        logger.info("teacher: view %d of %d, %d photos", view + 1, views, len(readable))
-    return found
-
-
 class Distillation:
-    """One run: the student, the linear map on top of it, the optimiser and their checkpoints."""
+    """One run: the student, the linear map on top of it, their running means, the optimiser, and the checkpoints.
 
-    def __init__(self, student: ExtractorConfig, config: DistillConfig, views: Sequence[Views], folder: Path) -> None:
+    What is used is the running mean of the weights over the last thousand steps or so (Polyak and Juditsky 1992): it is
+    good at any moment, while the weights themselves are so only after the learning rate has gone down.
+    """
+
+    def __init__(
+        self,
+        student: ExtractorConfig,
+        config: DistillConfig,
+        teacher: Teacher,
+        photos: Sequence[Path],
+        folder: Path,
+        start_from: Path | None = None,
+    ) -> None:
         """Build everything and go back to the last checkpoint, if the folder has one.
 
         Args:
             student: The extractor to train.
             config: Options of the run.
-            views: What the teacher said, from `teacher_views`.
+            teacher: The teacher.
+            photos: Files without captions.
             folder: Where checkpoints, log and the finished extractor go.
+            start_from: A `SMALL` of the same student, with which a run begins that has no checkpoint yet: at the next
+                round, with an optimiser that knows nothing.
 
         Raises:
             TrainingError: Too few photos, or the checkpoint is of another run.
         """
         keras.utils.set_random_seed(config.seed)
-        self.student_config, self.config, self.folder = student, config, folder
-        self.student = build_extractor(student)
-        _, channels = views[0].cache.grid_shape
-        rows, columns, _ = self.student.output_shape[1:]
-        self._train, self._held_out = _hold_out(views, config)
+        self.student_config, self.config, self.folder, self.teacher = student, config, folder, teacher
+        self._train, held_out = _hold_out(photos, config)
         if len(self._train) < config.batch_size:
             raise TrainingError(
-                f"{len(self._train)} views are too few for a batch of {config.batch_size} beside the held-out photos"
+                f"{len(self._train)} photos are too few for a batch of {config.batch_size} beside the held-out ones"
             )
-        self._views = views
-        self._grid = (rows, columns)
-        self.steps_an_epoch = len(self._train) // config.batch_size
-        self.total_steps = self.steps_an_epoch * config.epochs
-        self.head = keras.Sequential([keras.Input((rows, columns, self.student.output_shape[-1]))])
-        self.head.add(keras.layers.Conv2D(channels, 1, name="hint"))
-        self._mean, self._scale = _channel_statistics(views[0])
+        self._held_out = teacher.look(held_out, WHOLE)
+        if not self._held_out.paths:
+            raise TrainingError(f"none of the {len(held_out)} held-out photos can be read")
+        self._scale = _Scale.of(self._held_out)
+        self.steps_a_round = max(1, len(self._train) * config.passes // config.batch_size)
+        self.total_steps = self.steps_a_round * config.rounds
+        self.student, self.head = build_extractor(student), _linear_map(student, teacher)
+        self.average, self.average_head = build_extractor(student), _linear_map(student, teacher)
+        for model in (self.student, self.head):
+            compute_in_bfloat16(model)
         self.optimizer = keras.optimizers.AdamW(
-            WarmupCosine(config.learning_rate, self.total_steps), weight_decay=config.weight_decay
+            WarmupCosine(config.learning_rate, self.total_steps, warmup=0.01), weight_decay=config.weight_decay
         )
         self._variables = [*self.student.trainable_variables, *self.head.trainable_variables]
         self.optimizer.build(self._variables)
+        self._pairs = list(zip(self._weights(averages=True), self._weights(averages=False), strict=True))
+        for mean, weight in self._pairs:
+            mean.assign(weight)
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
-        parts = {"student": self.student, "head": self.head, "optimizer": self.optimizer, "step": self.step}
+        self.first_round = tf.Variable(0, dtype=tf.int64, trainable=False)
+        parts = {
+            "student": self.student,
+            "head": self.head,
+            "average": self.average,
+            "average_head": self.average_head,
+            "optimizer": self.optimizer,
+            "step": self.step,
+            "first_round": self.first_round,
+        }
         self._checkpoints = Checkpoints(folder / "checkpoints", _KEPT_CHECKPOINTS, parts)
         if self._checkpoints.restore():
             logger.info("going on at step %d of %d", int(self.step), self.total_steps)
+        elif start_from is not None:
+            self._start(start_from)
 
-    def run(self, on_step: Callable[[int, float], None] = lambda step, loss: None) -> Path:
+    def run(
+        self,
+        on_step: Callable[[int, float], None] = lambda step, loss: None,
+        examiner: Examiner | None = None,
+    ) -> Path:
         """Train to the end.
 
         Args:
             on_step: Called after every step with the step's number and loss, for a progress bar.
+            examiner: Examines the student at the end of each round.
 
         Returns:
             The folder with the finished extractor, which `caption_train.inception.load_extractor` reads.
 
         Raises:
-            TrainingError: The loss is no number any more, or a checkpoint cannot be written.
+            TrainingError: The loss is no number any more, or a checkpoint or the teacher's grids cannot be written.
             ImageError: A photo is gone since the teacher saw it.
             OSError: The folder cannot be written.
         """
@@ -224,7 +199,7 @@ class Distillation:
         started, losses = time.monotonic(), list[float]()
         for photos, grids, seed in self._batches():
             with tensorflow_errors(f"step {int(self.step)}"):
-                losses.append(float(self._train_step(photos, self._target(grids), seed)))
+                losses.append(float(self._train_step(photos, grids, seed)))
             if not math.isfinite(losses[-1]):
                 raise TrainingError(
                     f"the loss is {losses[-1]} at step {int(self.step)}: lower the learning rate in a new folder"
@@ -232,129 +207,198 @@ class Distillation:
             self.step.assign_add(1)
             step = int(self.step)
             on_step(step, losses[-1])
-            if step % self.config.checkpoint_steps == 0 or step == self.total_steps:
-                record = {"step": step, "epoch": step / self.steps_an_epoch, "loss": float(np.mean(losses))}
-                if step % self.steps_an_epoch < self.config.checkpoint_steps or step == self.total_steps:
-                    record["val_loss"] = self.validate()
-                record["seconds"] = time.monotonic() - started
+            round_ends = step % self.steps_a_round == 0
+            if step % self.config.checkpoint_steps == 0 or round_ends:
+                record = {"step": step, "round": step / self.steps_a_round, "loss": float(np.mean(losses))}
+                record |= self.validate()
+                if examiner is not None and round_ends:
+                    record["CIDEr"] = examiner.cider(self.teachers_grid, self.student_config.size)
+                record["seconds"] = round(time.monotonic() - started, 1)
+                logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in record.items()))
                 # The record goes first, as in `caption_train.training`: after a kill in between it is written again.
                 append_json_line(self.folder / _HISTORY, record)
                 self._checkpoints.save(step)
+                self._write_small()
+                save_extractor(self.average, self.student_config, self.folder)
                 losses.clear()
-        save_extractor(self.student, self.student_config, self.folder)
         return self.folder
 
-    def validate(self) -> float:
-        """Mean squared error on the held-out photos, whole and unaugmented; 1 is as good as the teacher's mean."""
-        losses = []
-        whole = self._views[0]
-        for start in range(0, len(self._held_out), self.config.batch_size):
-            chosen = self._held_out[start : start + self.config.batch_size]
-            photos = np.stack([read_view(whole.paths[i], self.student_config.size, 0) for i in chosen])
-            prediction = self.head(self.student(photos, training=False), training=False)
-            target = self._target(whole.cache.gather(whole.rows[chosen]))
-            losses.append((float(tf.reduce_mean(tf.square(prediction - target))), len(chosen)))
-        return float(np.average([loss for loss, _ in losses], weights=[count for _, count in losses]))
+    def validate(self) -> dict[str, float]:
+        """How much of the variance of what the teacher says about the held-out photos the student's mean explains.
 
-    def _target(self, grids: NDArray[np.float16]) -> NDArray[np.float32]:
-        """The teacher's grids [n, P, C] as [n, rows, columns, C], every channel's root at mean 0 and variance 1."""
-        normalised = (_root(grids) - self._mean) / self._scale
-        return normalised.reshape(-1, *self._grid, grids.shape[-1])
+        Returns:
+            ``explained``, at each place, and ``explained_means``, of the mean over a photo's places; 1 is all of it, 0
+            what is the same for all photos explains.
+        """
+        errors = np.zeros(2)
+        views, batch = self._held_out, self.config.batch_size
+        for start in range(0, len(views.paths), batch):
+            chosen = slice(start, start + batch)
+            photos = np.stack([read_view(path, self.student_config.size, WHOLE) for path in views.paths[chosen]])
+            prediction = self.average_head(self.average(photos, training=False), training=False)
+            target = self._scale.target(views.cache.gather(views.rows[chosen]), self.teacher.grid_shape)
+            errors += len(photos) * np.array([float(x) for x in self._scale.errors(prediction, target)])
+        explained, explained_means = 1 - errors / len(views.paths)
+        return {"explained": float(explained), "explained_means": float(explained_means)}
 
-    @tf.function
-    def _train_step(self, photos: tf.Tensor, target: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        photos, target = _augment(tf.cast(photos, tf.float32), target, seed)
+    def teachers_grid(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """What the student's mean takes for the teacher's grids, float32 [n, P, C], of photos uint8 [n, S, S, 3]."""
+        prediction = self.average_head(self.average(photos, training=False), training=False)
+        return self._scale.grid(np.asarray(prediction))
+
+    @tf.function(autograph=False)
+    def _train_step(self, photos: tf.Tensor, grids: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        target = self._scale.target(grids, self.teacher.grid_shape)
+        photos, target = _flip(tf.cast(photos, tf.float32), target, seed)
         with tf.GradientTape() as tape:
             prediction = self.head(self.student(photos, training=True), training=True)
-            loss = tf.reduce_mean(tf.square(prediction - target))
+            at_places, of_means = self._scale.errors(prediction, target)
+            loss = at_places + of_means
         self.optimizer.apply(tape.gradient(loss, self._variables), self._variables)
+        # Over few steps at first, so that the beginning is soon forgotten.
+        share = tf.maximum(1 / _AVERAGED_STEPS, 1 / (tf.cast(self.step, tf.float32) / 10 + 2))
+        for mean, weight in self._pairs:
+            mean.assign_add((weight - mean) * share)
         return loss
 
     def _batches(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.int32]]]:
         """Batches from the current step to the last, read ahead; the same ones after a stop as without it."""
+        kept: deque[Views] = deque()
+        while int(self.step) < self.total_steps:
+            number = int(self.step) // self.steps_a_round
+            for earlier in range(max(int(self.first_round), number - self.config.window + 1), number + 1):
+                if earlier + 1 not in [views.number for views in kept]:
+                    kept.append(self.teacher.look(self._train, earlier + 1))
+                    logger.info("the teacher has seen view %d of %d photos", earlier + 1, len(kept[-1].paths))
+            while len(kept) > self.config.window:
+                forget(kept.popleft())
+            yield from self._batches_of(list(kept), (number + 1) * self.steps_a_round)
 
-        def load(chosen: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    def _batches_of(
+        self, views: Sequence[Views], end: int
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.int32]]]:
+        """Batches from the current step up to another one, drawn from some views."""
+
+        def load(step: int) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.int32]]:
+            rng = np.random.default_rng([self.config.seed, step])
             photos, grids = [], []
-            for view, index in chosen:
-                source = self._views[view]
-                photos.append(read_view(source.paths[index], self.student_config.size, source.view))
-                grids.append(source.cache.gather(source.rows[index : index + 1])[0])
-            return np.stack(photos), np.stack(grids)
+            for source in (views[i] for i in rng.integers(len(views), size=self.config.batch_size)):
+                i = int(rng.integers(len(source.paths)))
+                photos.append(read_view(source.paths[i], self.student_config.size, source.number, self._train))
+                grids.append(source.cache.gather(source.rows[i : i + 1])[0])
+            return np.stack(photos), np.stack(grids), np.array([self.config.seed, step], np.int32)
 
-        def order() -> Iterator[NDArray[np.int64]]:
-            size = self.config.batch_size
-            for step in range(int(self.step), self.total_steps):
-                epoch, position = divmod(step, self.steps_an_epoch)
-                shuffled = np.random.default_rng([self.config.seed, epoch]).permutation(len(self._train))
-                yield self._train[shuffled[position * size : (position + 1) * size]]
-
-        waiting: deque[Future[tuple[NDArray[np.uint8], NDArray[np.float16]]]] = deque()
-        upcoming = order()
-        step = int(self.step)
+        waiting: deque[Future[tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.int32]]]] = deque()
+        steps = iter(range(int(self.step), end))
         with ThreadPoolExecutor(1) as pool:
             while True:
-                while len(waiting) < _LOOK_AHEAD and (chosen := next(upcoming, None)) is not None:
-                    waiting.append(pool.submit(load, chosen))
+                while len(waiting) < _LOOK_AHEAD and (step := next(steps, None)) is not None:
+                    waiting.append(pool.submit(load, step))
                 if not waiting:
                     return
-                photos, grids = waiting.popleft().result()
-                yield photos, grids, np.array([self.config.seed, step], np.int32)
-                step += 1
+                yield waiting.popleft().result()
+
+    def _weights(self, *, averages: bool) -> list[Any]:
+        """All weights of student and map, normalisation's statistics included, or their running means."""
+        models = (self.average, self.average_head) if averages else (self.student, self.head)
+        return [weight.value for model in models for weight in model.weights]
+
+    def _write_small(self) -> None:
+        """Write `SMALL`: kernels in float16."""
+        arrays = [np.asarray(weight) for weight in self._weights(averages=True)]
+        arrays = [array.astype(np.float16) if array.ndim > 1 else array for array in arrays]
+        temporary = self.folder / f"small-{os.getpid()}.npz"
+        np.savez(temporary, *arrays, step=np.int64(int(self.step)))
+        os.replace(temporary, self.folder / SMALL)
+
+    def _start(self, path: Path) -> None:
+        """Begin with what `_write_small` wrote, at the next round."""
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                step = int(found["step"])
+                arrays = [found[f"arr_{i}"] for i in range(len(self._pairs))]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as exc:
+            raise TrainingError(f"{path} cannot be read as the start of a student: {first_line(exc)}") from exc
+        for (mean, weight), array in zip(self._pairs, arrays, strict=True):
+            if array.shape != tuple(weight.shape):
+                raise TrainingError(f"{path} is of another student: it has {array.shape} where this has {weight.shape}")
+            mean.assign(array.astype(np.float32))
+            weight.assign(array.astype(np.float32))
+        number = math.ceil(step / self.steps_a_round)
+        self.step.assign(number * self.steps_a_round)
+        self.first_round.assign(number)
+        logger.info("going on with %s at round %d of %d", path, number, self.config.rounds)
 
 
-def _hold_out(views: Sequence[Views], config: DistillConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs (view, index) int64 [n, 2] to train on, and indices of whole photos to validate on.
+@dataclass(frozen=True)
+class _Scale:
+    """What the teacher's channels are like over the held-out photos: each counts by how much of its variance is met.
 
-    A held-out photo is held out in all of its views. A fifth of the photos at most is, and one at least.
+    It is the channels' roots that are learnt: a channel after its ReLU has a long tail, and a third of the squared
+    error would come from it (Perronnin et al. 2010, "Improving the Fisher Kernel", section 3.2).
     """
-    count = len(views[0].paths)
-    chosen = np.random.default_rng(config.seed).permutation(count)[: max(1, min(config.validation, count // 5))]
-    held_out = {views[0].paths[i] for i in chosen}
-    pairs = [
-        (number, index)
-        for number, source in enumerate(views)
-        for index, path in enumerate(source.paths)
-        if path not in held_out
-    ]
-    return np.array(pairs, np.int64), np.sort(chosen)
+
+    mean: NDArray[np.float32]
+    """Of the roots, float32 [C]."""
+    deviation: NDArray[np.float32]
+    """Standard deviation over all places, float32 [C]."""
+    deviation_of_means: NDArray[np.float32]
+    """That of a photo's mean over its places, in units of `deviation`, float32 [C]."""
+
+    @classmethod
+    def of(cls, views: Views) -> _Scale:
+        """Measure it."""
+        roots = np.sqrt(np.maximum(views.cache.gather(views.rows).astype(np.float32), 0))
+        # A channel that never fires has no scale of its own; the floors keep noise in it from counting.
+        mean, deviation = roots.mean((0, 1)), np.maximum(roots.std((0, 1)), 1e-2)
+        return cls(mean, deviation, np.maximum((roots.mean(1) / deviation).std(0), 5e-2))
+
+    def target(self, grids: Any, shape: tuple[int, int, int]) -> tf.Tensor:
+        """The teacher's grids float16 [n, P, C] as float32 [n, rows, columns, C], each channel's root normalised."""
+        roots = tf.sqrt(tf.maximum(tf.cast(grids, tf.float32), 0))
+        return tf.reshape((roots - self.mean) / self.deviation, (-1, *shape))
+
+    def grid(self, target: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The way back: float32 [n, rows, columns, C] to grids [n, P, C]."""
+        roots: NDArray[np.float32] = np.maximum(target * self.deviation + self.mean, 0)
+        return (roots * roots).reshape(len(target), -1, target.shape[-1])
+
+    def errors(self, prediction: tf.Tensor, target: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Mean squared errors at each place, and of a photo's means; the teacher's variance is 1 in both.
+
+        The means say what is to be seen rather than where, which is most of what a caption needs.
+        """
+        error = prediction - target
+        means = tf.reduce_mean(error, (1, 2)) / self.deviation_of_means
+        return tf.reduce_mean(tf.square(error)), tf.reduce_mean(tf.square(means))
 
 
-def _channel_statistics(views: Views, photos: int = 512) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and standard deviation of the roots of the teacher's channels, float32 [C] each, over the first photos."""
-    grids = _root(views.cache.gather(views.rows[:photos]))
-    grids = grids.reshape(-1, grids.shape[-1])
-    # A channel that never fires has no scale of its own; the floor keeps noise in it from counting.
-    return grids.mean(0), np.maximum(grids.std(0), 1e-2)
+def _linear_map(student: ExtractorConfig, teacher: Teacher) -> keras.Model:
+    """From the student's grid to the teacher's channels, place by place: at first to their means."""
+    rows, columns, channels = build_extractor(student).output_shape[1:]
+    grid = keras.Input((rows, columns, channels))
+    mapped = keras.layers.Conv2D(teacher.grid_shape[-1], 1, kernel_initializer="zeros", name="hint")(grid)
+    return keras.Model(grid, keras.layers.Activation("linear", dtype="float32")(mapped))
 
 
-def _root(grids: NDArray[np.float16]) -> NDArray[np.float32]:
-    """Square roots: a channel after its ReLU has a long tail, and a third of the squared error would come from it.
+def _hold_out(photos: Sequence[Path], config: DistillConfig) -> tuple[list[Path], list[Path]]:
+    """Photos to learn from, and photos to measure on: a fifth of them at most, and one at least."""
+    count = max(1, min(config.validation, len(photos) // 5))
+    held_out = set(np.random.default_rng(config.seed).permutation(len(photos))[:count].tolist())
+    train = [path for i, path in enumerate(photos) if i not in held_out]
+    return train, [photos[i] for i in sorted(held_out)]
 
-    Perronnin et al. 2010, "Improving the Fisher Kernel", section 3.2 (power normalisation).
-    """
-    return np.sqrt(np.maximum(grids.astype(np.float32), 0))
 
-
-def _augment(photos: tf.Tensor, target: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Flip photo and grid together, and change the photo's light and colour, which the teacher's view stays true to.
+def _flip(photos: tf.Tensor, target: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Flip every other photo together with its grid.
 
     Args:
         photos: float32 [n, S, S, 3] in 0..255.
         target: float32 [n, rows, columns, C].
         seed: int32 [2]; the same seed draws the same.
     """
-    count = tf.shape(photos)[0]
-    draws = tf.random.stateless_uniform((4, count, 1, 1, 1), seed)
-    flip = draws[0] < 0.5
-    photos = tf.where(flip, photos[:, :, ::-1], photos)
-    target = tf.where(flip, target[:, :, ::-1], target)
-    brightness, contrast, saturation = (0.8 + 0.4 * draws[i] for i in (1, 2, 3))
-    photos = photos * brightness
-    mean = tf.reduce_mean(photos, axis=(1, 2, 3), keepdims=True)
-    photos = mean + contrast * (photos - mean)
-    grey = tf.reduce_mean(photos, axis=3, keepdims=True)
-    photos = grey + saturation * (photos - grey)
-    return tf.clip_by_value(photos, 0, 255), target
+    flip = tf.random.stateless_uniform((tf.shape(photos)[0], 1, 1, 1), seed) < 0.5
+    return tf.where(flip, photos[:, :, ::-1], photos), tf.where(flip, target[:, :, ::-1], target)
 
 
 def run_distillation(
@@ -366,8 +410,11 @@ def run_distillation(
     folder: Path,
     cache_folder: Path,
     progress: Callable[[int, int], AbstractContextManager[Callable[[int, float], None]]],
+    *,
+    start_from: Path | None = None,
+    captioner: tuple[Run, Sequence[CaptionedImage]] | None = None,
 ) -> None:
-    """The whole of it: what the teacher says, then the student, then its description for model cards.
+    """The whole of it: teacher and student, round by round, then the student's description for model cards.
 
     Args:
         photos: Files without captions.
@@ -378,22 +425,25 @@ def run_distillation(
         folder: Where the run goes and the finished extractor stays.
         cache_folder: Where the teacher's grids are kept.
         progress: Given all steps and those done, opens what is called after each step.
+        start_from: See `Distillation`.
+        captioner: A run on the teacher's grids, and the photos whose captions show how far the student is.
 
     Raises:
         OptionsError: The grids of student and teacher differ in size.
-        TrainingError: The folder holds a run with other options; see `teacher_views` and `Distillation`.
+        TrainingError: The folder holds a run with other options; see `Teacher`, `Distillation` and `Examiner`.
         OSError: The folder cannot be written.
     """
-    teacher = build_extractor(teacher_config)
-    theirs, ours = teacher.output_shape[1:3], build_extractor(student_config).output_shape[1:3]
+    extractor = build_extractor(teacher_config)
+    theirs, ours = extractor.output_shape[1:3], build_extractor(student_config).output_shape[1:3]
     if theirs != ours:  # found now rather than when the teacher has seen all photos
         raise OptionsError(
             f"the teacher's grid has {theirs[0]} x {theirs[1]} places and the student's {ours[0]} x {ours[1]}: choose "
-            "layers that agree"
+            "layers or sizes that agree"
         )
-    teacher_key = load_extractor_weights(teacher, teacher_weights)
+    load_extractor_weights(extractor, teacher_weights)
+    teacher = Teacher(extractor, teacher_config, cache_folder)
     options = {
-        "teacher": {**asdict(teacher_config), "weights": Path(teacher_weights).name, "sha256": teacher_key},
+        "teacher": {**asdict(teacher_config), "weights": Path(teacher_weights).name, "sha256": teacher.weights},
         "student": asdict(student_config),
         "options": asdict(config),
     }
@@ -401,10 +451,10 @@ def run_distillation(
         refuse_other_options(folder, read_json(folder / _OPTIONS), options)
     else:
         write_json(folder / _OPTIONS, options)
-    views = teacher_views(teacher, teacher_config, photos, config.views, cache_folder)
-    run = Distillation(student_config, config, views, folder)
+    examiner = Examiner(*captioner, teacher) if captioner is not None else None
+    run = Distillation(student_config, config, teacher, photos, folder, start_from)
     with progress(run.total_steps, int(run.step)) as on_step:
-        run.run(on_step)
-    record = {"photos": len(views[0].paths), **options, "validation_loss": run.validate()}
+        run.run(on_step, examiner)
+    record = {"photos": len(photos), **options, **run.validate()}
     del record["student"]  # that is extractor.json
     write_json(folder / DISTILLATION, {"distillation": record})

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from caption_rt.errors import OptionsError
 from caption_train.cache import GridCache
 from caption_train.inception import (
-    BLOCKS,
     ExtractorConfig,
     block_before,
+    blocks_beside,
     build_extractor,
     copy_weights,
     save_extractor,
@@ -38,8 +38,10 @@ def check_cut(layer: str, trainable_from: str) -> None:
     Raises:
         OptionsError: It cannot: there is no such block, none before it, or it comes after the grid's.
     """
-    block_before(trainable_from)
-    if BLOCKS.index(trainable_from) > BLOCKS.index(layer):
+    blocks = blocks_beside(layer)
+    if trainable_from not in blocks[1:]:
+        raise OptionsError(f"extractor: trainable_from must be one of {', '.join(blocks[1:])}, not {trainable_from!r}")
+    if blocks.index(trainable_from) > blocks.index(layer):
         raise OptionsError(
             f"extractor: trainable_from {trainable_from} comes after {layer}, from which the grid is taken: nothing "
             "would be learnt"

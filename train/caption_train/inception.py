@@ -1,9 +1,12 @@
-"""InceptionV3 without its top, at any width: the extractor that turns a photo into a grid.
+"""The extractor that turns a photo into a grid: InceptionV3 without its top at any width, or a small residual network.
 
 The topology is that of Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision" (section 6), in
 the variant of ``keras.applications.InceptionV3``. A width multiplier (Howard et al. 2017, "MobileNets",
 section 3.3) scales the filters of every convolution; at width 1.0 the network is Keras' own, convolution by
 convolution and in the same order, which a test holds by loading the same weights into both.
+
+The block that the grid is taken from says which network it is: mixed0 to mixed10 are InceptionV3's, stage1 to stage3
+those of `caption_train.residual`.
 """
 
 from __future__ import annotations
@@ -29,16 +32,25 @@ from caption_rt.errors import OptionsError
 from caption_train.checkpoints import tensorflow_errors
 from caption_train.errors import TrainingError, first_line
 from caption_train.files import write_json
+from caption_train.residual import (
+    BATCH_NORM_EPSILON,
+    SMALLEST,
+    STAGES,
+    convolutions_below_stage,
+    normalised,
+    residual_grid,
+    scaled_filters,
+)
 
 logger = logging.getLogger(__name__)
 
 BLOCKS = tuple(f"mixed{i}" for i in range(11))
-"""Names of the outputs that a grid may be taken from, first to last."""
+"""Names of InceptionV3's outputs that a grid may be taken from, first to last."""
 
 DISTILLATION = "distillation.json"
 """Beside an extractor that was distilled: from which teacher, on what and how."""
 
-_BATCH_NORM_EPSILON = 1e-3
+_INCEPTION_SMALLEST = 75
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class ExtractorConfig:
     """Everything that decides what an extractor's grid means."""
 
     width: float = 1.0
-    """Multiplier on the filters of every convolution; 1.0 is Keras' network."""
+    """Multiplier on the filters of every convolution; InceptionV3's 1.0 is Keras' network."""
     size: int = 299
     """Height and width of the photo that the network sees, in pixels."""
     layer: str = "mixed10"
@@ -60,10 +72,12 @@ class ExtractorConfig:
         """
         if not 0 < self.width <= 4:
             raise OptionsError(f"extractor width {self.width} is out of range: give a number above 0, at most 4")
-        if self.size < 75:
-            raise OptionsError(f"extractor size {self.size} is too small: InceptionV3 needs at least 75 pixels")
-        if self.layer not in BLOCKS:
-            raise OptionsError(f"extractor layer {self.layer!r} does not exist: choose one of {', '.join(BLOCKS)}")
+        if self.layer not in BLOCKS + STAGES:
+            known = ", ".join(BLOCKS + STAGES)
+            raise OptionsError(f"extractor layer {self.layer!r} does not exist: choose one of {known}")
+        name, least = ("the network", SMALLEST) if self.layer in STAGES else ("InceptionV3", _INCEPTION_SMALLEST)
+        if self.size < least:
+            raise OptionsError(f"extractor size {self.size} is too small: {name} needs at least {least} pixels")
 
 
 @dataclass(frozen=True)
@@ -164,30 +178,34 @@ _MIXED: tuple[tuple[_Chain, ...], ...] = (
 )
 
 
-def block_before(block: str) -> str:
-    """The block whose output is another one's whole input.
+def blocks_beside(block: str) -> tuple[str, ...]:
+    """All blocks of the network that a block belongs to, first to last.
 
     Raises:
-        OptionsError: There is none before it, or no such block.
+        OptionsError: There is no such block.
     """
-    if block not in BLOCKS[1:]:
-        raise OptionsError(f"extractor: trainable_from must be one of {', '.join(BLOCKS[1:])}, not {block!r}")
-    return BLOCKS[BLOCKS.index(block) - 1]
+    for blocks in (BLOCKS, STAGES):
+        if block in blocks:
+            return blocks
+    raise OptionsError(f"extractor: there is no block {block!r}: there are {', '.join(BLOCKS + STAGES)}")
+
+
+def block_before(block: str) -> str:
+    """The block whose output is another one's whole input; the other one is not the first of its network."""
+    blocks = blocks_beside(block)
+    return blocks[blocks.index(block) - 1]
 
 
 def convolutions_below(block: str) -> int:
     """How many convolutions come before a block in the order of creation: the number of the block's first one."""
+    if block in STAGES:
+        return convolutions_below_stage(block)
 
     def count(steps: _Chain) -> int:
         return sum(len(step.arms) if isinstance(step, _Fork) else isinstance(step, _Conv) for step in steps)
 
     below = _MIXED[: BLOCKS.index(block)]
     return count(_STEM) + sum(count(branch) for branches in below for branch in branches)
-
-
-def scaled_filters(filters: int, width: float) -> int:
-    """Filters of a convolution at a width: the nearest multiple of 8 (which vector units like), at least 8."""
-    return max(8, int(filters * width + 4) // 8 * 8)
 
 
 class _Builder:
@@ -200,22 +218,8 @@ class _Builder:
     def conv(self, x: keras.KerasTensor, spec: _Conv) -> keras.KerasTensor:
         number = self.convolutions
         self.convolutions += 1
-        x = keras.layers.Conv2D(
-            scaled_filters(spec.filters, self.width),
-            spec.kernel,
-            strides=spec.stride,
-            padding=spec.padding,
-            use_bias=False,
-            # He et al. 2015: what ReLU takes away is put back. With Keras' default the grid of an untrained network
-            # shrinks to 1e-4 at mixed10, and nothing can be learnt from it.
-            kernel_initializer="he_normal",
-            name=f"conv_{number}",
-        )(x)
-        # The moving statistics matter in training from scratch alone: at Keras' 0.99 they lag behind weights that still
-        # change fast, and the network computes something else when it is used than when it learned.
-        x = keras.layers.BatchNormalization(
-            scale=False, epsilon=_BATCH_NORM_EPSILON, momentum=0.9, name=f"norm_{number}"
-        )(x)
+        filters = scaled_filters(spec.filters, self.width)
+        x = normalised(x, number, filters, spec.kernel, spec.stride, spec.padding)
         return keras.layers.ReLU(name=f"relu_{number}")(x)
 
     def pool(self, x: keras.KerasTensor, spec: _Pool) -> keras.KerasTensor:
@@ -234,6 +238,17 @@ class _Builder:
         return x
 
 
+def _inception_grid(x: keras.KerasTensor, width: float, layer: str) -> keras.KerasTensor:
+    """InceptionV3 up to a block, from photos in -1..1."""
+    builder = _Builder(width)
+    x = builder.chain(x, _STEM)
+    for name, branches in zip(BLOCKS, _MIXED, strict=True):
+        x = keras.layers.Concatenate(name=name)([builder.chain(x, branch) for branch in branches])
+        if name == layer:
+            break
+    return x
+
+
 def build_extractor(config: ExtractorConfig) -> keras.Model:
     """Build the extractor with random weights.
 
@@ -244,14 +259,12 @@ def build_extractor(config: ExtractorConfig) -> keras.Model:
         A Keras model: ``images`` uint8 (or float) [n, size, size, 3] RGB in 0..255 -> grid float32
         [n, rows, columns, channels]. Scaling to [-1, 1] is inside.
     """
-    builder = _Builder(config.width)
     images = keras.Input((config.size, config.size, 3), name="images")
     x = keras.layers.Rescaling(1 / 127.5, offset=-1, name="rescale")(images)
-    x = builder.chain(x, _STEM)
-    for name, branches in zip(BLOCKS, _MIXED, strict=True):
-        x = keras.layers.Concatenate(name=name)([builder.chain(x, branch) for branch in branches])
-        if name == config.layer:
-            break
+    if config.layer in STAGES:
+        x = residual_grid(x, config.width, config.layer)
+    else:
+        x = _inception_grid(x, config.width, config.layer)
     # Under mixed precision the grid leaves in float32 all the same: it is compared, cached and exported.
     grid = keras.layers.Activation("linear", dtype="float32", name="grid")(x)
     return keras.Model(images, grid, name="extractor")
@@ -352,7 +365,7 @@ def _set_folded(
             f"{tuple(convolution.kernel.shape)}: is the width 1.0?"
         )
     convolution.set_weights([kernel])
-    norm.set_weights([bias, np.zeros_like(bias), np.full_like(bias, 1 - _BATCH_NORM_EPSILON)])
+    norm.set_weights([bias, np.zeros_like(bias), np.full_like(bias, 1 - BATCH_NORM_EPSILON)])
 
 
 def load_extractor_weights(model: keras.Model, weights: str, *, learnt_from: str | None = None) -> str:
