@@ -26,7 +26,7 @@ from caption_export.calibration import Range, Seen, choose_range
 from caption_export.canonical import canonical_model
 from caption_export.graphs import ExportedGraph
 
-_EVERYWHERE = ("AveragePool", "Concat", "Conv", "MaxPool", "Relu", "Reshape", "Transpose")
+_EVERYWHERE = ("Add", "AveragePool", "Concat", "Conv", "MaxPool", "Relu", "Reshape", "Transpose")
 _PRODUCTS = ("Gather", "MatMul")
 
 
