@@ -21,9 +21,11 @@ PREFIX = [sys.executable, "-m", "caption_rt", "--model", str(BUNDLE), "--device"
 
 _forks = multiprocessing.get_context("forkserver") if sys.platform != "win32" else multiprocessing.get_context()
 if sys.platform != "win32":
-    # Loaded once, so that a process is there in milliseconds: it is killed before it would be otherwise.
+    # Loaded once, so that a process is there in milliseconds: it is killed before it would be otherwise. So is pytest,
+    # as `__main__`, which every process would load anew.
+    _ours = ("cli", "batch", "captioner", "gallery", "output_file", "output_sidecars", "xmp")
     _forks.set_forkserver_preload(
-        ["running", "onnxruntime", *(f"caption_rt.{name}" for name in ("cli", "batch", "captioner", "output_file"))]
+        ["__main__", "running", "onnxruntime", "PIL.PngImagePlugin", "csv", *(f"caption_rt.{name}" for name in _ours)]
     )
 
 

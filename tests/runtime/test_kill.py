@@ -99,9 +99,9 @@ def test_killed_at_many_moments(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*LINES, *SIDECARS])
 def test_killed_at_very_many_moments(tmp_path, name):
-    expected = unbroken(tmp_path, 400, name, batch_size=2)
+    expected = unbroken(tmp_path, 200, name, batch_size=2)
     generator = random.Random(name)
-    for _ in range(5):
+    for _ in range(4):
         assert killed_often(tmp_path, name, expected, 40, generator) >= 15
         assert outputs(tmp_path) == expected
         clear(tmp_path, expected)
