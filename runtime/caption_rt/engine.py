@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from caption_rt import _cuda, graph_cache
 from caption_rt._gather import gather_model
 from caption_rt._rows import Decoded, DeviceRows, Encoded, Gather, Rows, engine_errors, padded, run_bound
-from caption_rt.bundle import PRECISIONS, Bundle, GraphSpec, TensorSpec
+from caption_rt._tensors import check_tensors
+from caption_rt.bundle import PRECISIONS, Bundle, GraphSpec
 from caption_rt.devices import Device, Missing, missing_cuda, parse_device
-from caption_rt.errors import BundleError, EngineError, OptionsError, printable
+from caption_rt.errors import EngineError, OptionsError, printable
 from caption_rt.threads import thread_count, usable_cpus, worker_processors
 
 try:
@@ -68,14 +69,6 @@ _WEIGHTS_APART = {
     "session.optimized_model_external_initializers_file_name": graph_cache.WEIGHTS_FILE,
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
 }
-_DTYPES = {
-    "tensor(uint8)": "uint8",
-    "tensor(float)": "float32",
-    "tensor(int64)": "int64",
-    # These two have no part in a bundle, but in the one graph that the exporter makes of it.
-    "tensor(bool)": "bool",
-    "tensor(string)": "string",
-}
 
 
 class Graph:
@@ -111,8 +104,8 @@ class Graph:
         chosen, _ = _choose(device)
         self._device = chosen
         self._session = _session(model, spec.file, chosen, intra_op_threads, sha256)
-        _check_tensors(spec.file, "input", spec.inputs, self._session.get_inputs())
-        _check_tensors(spec.file, "output", spec.outputs, self._session.get_outputs())
+        check_tensors(spec.file, "input", spec.inputs, self._session.get_inputs())
+        check_tensors(spec.file, "output", spec.outputs, self._session.get_outputs())
 
     @property
     def provider(self) -> str:
@@ -489,23 +482,3 @@ def _preload() -> None:
         warnings.simplefilter("ignore")
         # It prints what it does not find.
         _cuda.silenced(onnxruntime.preload_dlls)
-
-
-def _check_tensors(file: str, kind: str, specs: tuple[TensorSpec, ...], actual: list[Any]) -> None:
-    """The graph's real inputs or outputs must be those of the manifest, in any order."""
-    found = {node.name: node for node in actual}
-    if sorted(found) != sorted(spec.name for spec in specs):
-        raise BundleError(
-            f"{file} has the {kind}s {printable(', '.join(sorted(found)))}, not those of its manifest: export the "
-            "model again"
-        )
-    for spec in specs:
-        node = found[spec.name]
-        # A free axis is a name, or None where the graph has no name for it.
-        shape = tuple(axis if isinstance(axis, int) else None for axis in node.shape)
-        wanted = tuple(axis if isinstance(axis, int) else None for axis in spec.shape)
-        if shape != wanted or _DTYPES.get(node.type) != spec.dtype:
-            raise BundleError(
-                f"{file}: the {kind} {spec.name} is {printable(node.type)} {printable(list(node.shape))}, "
-                f"and its manifest states {spec.dtype} {list(spec.shape)}: export the model again"
-            )
