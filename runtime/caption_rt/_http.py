@@ -174,7 +174,11 @@ class Fetch:
                 reason="leads from one address to the next without end",
             )
         answer = f"cannot be fetched: the server answers {exc.code} {printable(exc.msg)}".rstrip()
-        return self._says(answer, reason=answer)
+        if exc.code in (401, 403, 407):
+            remedy = "save it as a file first, by a program that may see it"
+        else:
+            remedy = "check the address" if exc.code < 500 and exc.code != 429 else "try again later"
+        return self._says(f"{answer}: {remedy}", reason=answer)
 
     def _too_large(self, length: int | None) -> ImageError:
         stated = f"is larger than {byte_count(self.max_bytes)}"

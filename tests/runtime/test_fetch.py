@@ -184,8 +184,8 @@ def test_letters_of_every_language_are_escaped(server):
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("missing.jpg", "cannot be fetched: the server answers 404 Not Found"),
-        ("denied", "cannot be fetched: the server answers 403 Forbidden"),
+        ("missing.jpg", "cannot be fetched: the server answers 404 Not Found: check the address"),
+        ("denied", "cannot be fetched: the server answers 403 Forbidden: save it as a file first, by a program that"),
         ("nothing", "holds nothing (0 bytes)"),
         ("short", "broke off after 3000 of 53177 bytes: try again"),
         (
