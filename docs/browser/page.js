@@ -119,7 +119,7 @@ function tell({ words, logProbs, attention, rows, columns, seconds }) {
   sure.textContent = `Confidence ${Math.round(100 * confidence)}%`;
   bar.value = confidence;
   for (const part of [find(".sure"), find(".hint")]) part.hidden = !words.length;
-  say(`Done in ${seconds.toFixed(1)} s.`);
+  say(`Done in ${seconds < 1 ? `${Math.round(1000 * seconds)} ms` : `${seconds.toFixed(1)} s`}.`);
   // For those who hear the page; the others see it below.
   status.append(Object.assign(document.createElement("span"), { className: "heard", textContent: ` ${text}` }));
   if (!matchMedia("(prefers-reduced-motion: reduce)").matches) reveal();
