@@ -13,6 +13,8 @@ from caption_rt.bundle import GridSpec
 from caption_rt.options import DecodeOptions
 from caption_train.model import ModelConfig
 
+_SATURATES = "found on a processor that multiplies them exactly; x86 without VNNI does not: use fp32 there"
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -178,7 +180,7 @@ def _reduced(report: ReducedReport) -> Iterator[str]:
                 for name, value in report.sqnr.items()
             ),
             *(row for search in report.searches for row in _captions(search, limits)),
-            ["bits of a weight", str(report.weight_bits), ""],
+            ["bits of a weight", str(report.weight_bits), _SATURATES if report.weight_bits == 8 else ""],
             ["bytes of the graphs", str(sum(graph.size for graph in report.graphs)), ""],
         ],
     )

@@ -16,12 +16,17 @@ from caption_export.cli_pack import pack
 from caption_export.cli_unpack import unpack
 from caption_export.cli_verify import verify
 from caption_rt import __version__
+from caption_rt.command_options import OPTION_NAMES
 from caption_rt.console import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see `caption_rt.console.run_command`."""
-    return run_command(command, "caption-export", arguments, extra="export", names={"overwrite": "--overwrite"})
+    own = {
+        parameter.name or "": parameter.opts[0] for parameter in export.params if isinstance(parameter, click.Option)
+    }
+    names = {**OPTION_NAMES, **own}
+    return run_command(command, "caption-export", arguments, extra="export", names=names)
 
 
 class _ExportByDefault(click.Group):

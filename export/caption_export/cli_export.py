@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 _REDUCING = (
     *("dataset", "images", "calibration", "calibration_photos", "scored_photos"),
-    *("max_cider_loss", "min_equal", "min_sqnr", "reduce_range"),
+    *("max_cider_loss", "min_equal", "min_sqnr"),
 )
-"""Parameters that only precisions of fewer bits have a use for."""
+"""Parameters that only fp16 and int8 have a use for."""
 
 
 @click.command()
@@ -92,7 +92,8 @@ _REDUCING = (
 @click.option(
     "--reduce-range",
     is_flag=True,
-    help="Weights of int8 have 7 bits: for x86 processors without VNNI, where products of 8 bits may saturate.",
+    help="Weights of int8 have 7 bits, which every processor multiplies exactly: x86 processors without VNNI do not do "
+    "so with 8.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 @click.pass_context
@@ -154,8 +155,8 @@ def _check_needed(context: click.Context, reduced: tuple[str, ...]) -> None:
         click.UsageError: One was.
     """
     idle = {} if reduced else dict.fromkeys(_REDUCING, "fp16 and int8")
-    if reduced == ("fp16",):
-        idle = {"reduce_range": "int8"}
+    if "int8" not in reduced:
+        idle["reduce_range"] = "int8"
     for parameter in context.command.params:
         name = parameter.name or ""
         if name in idle and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
@@ -186,6 +187,7 @@ def _reduction(
 
     given = {"max_cider_loss": max_cider_loss, "min_equal": min_equal, "min_sqnr": min_sqnr}
     changes = {name: value for name, value in given.items() if value is not None}
+    limits = {name: replace(LIMITS[name], **changes) for name in reduced}
     # What of the data set was trained on is as it was then: nothing of it may be scored.
     data = load_dataset(dataset, images=images, **data_choices(run))
     real = {image.path: image.captions for image in _spread(data.validation, scored_photos)}
@@ -196,7 +198,6 @@ def _reduction(
         scored = read_photos(list(real), size, name=str)
         captions = {printable(path): texts for path, texts in real.items()}
         references = {photo.name: captions[photo.name] for photo in scored}
-        limits = {name: replace(LIMITS[name], **changes) for name in reduced}
         return Reduction(
             reduced,
             read_photos(ranged, size),

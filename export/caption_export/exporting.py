@@ -32,7 +32,7 @@ from caption_rt.bundle import (
     ImageSpec,
     write_bundle,
 )
-from caption_rt.errors import BundleError, ImageError, printable
+from caption_rt.errors import BundleError, CaptionError, ImageError, Parameter, printable
 from caption_rt.image import read_photo
 from caption_rt.options import DecodeOptions
 from caption_train.runs import Run
@@ -85,8 +85,7 @@ def export_bundle(
         BundleError: There is already something at `out`.
         CaptionError: The bundle cannot be written.
     """
-    if not overwrite and os.path.lexists(out):  # minutes before `write_bundle` would say so
-        raise BundleError(f"{printable(out)} exists already: ask for it to be overwritten, or name another folder")
+    _check_place(out, overwrite)  # minutes before `write_bundle` would say so
     default = DecodeOptions(beam_size=beam_size, length_penalty=length_penalty, max_words=run.max_words)
     pngs, size = selftest_pngs(), run.extractor_config.size
     compared = [*read_photos(photos, size), *selftest_photos(pngs, size)]
@@ -141,6 +140,24 @@ def export_bundle(
         overwrite=overwrite,
     )
     return verification
+
+
+def _check_place(out: Path, overwrite: bool) -> None:
+    """See that a bundle can come to its place.
+
+    Raises:
+        BundleError: There is something already.
+        CaptionError: It cannot be written.
+    """
+    if not overwrite and os.path.lexists(out):
+        raise BundleError(
+            f"{printable(out)} exists already: name another folder, or replace it with ", Parameter("overwrite")
+        )
+    above = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise CaptionError(f"the bundle {printable(out)} cannot be written: {printable(above)} is not a folder")
+    if not os.access(above, os.W_OK):
+        raise CaptionError(f"the bundle {printable(out)} cannot be written: {printable(above)} is read-only")
 
 
 def _reduced(

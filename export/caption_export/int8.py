@@ -1,8 +1,11 @@
 """Whole numbers of 8 bits in place of float32, with ranges that are fixed beforehand.
 
 Activations are unsigned and weights signed, by output channel: processors multiply these fastest, and an activation
-behind a ReLU has no sign to keep. All of the extractor is in 8 bits but its ends; of encoder and decoder, the products
-with weights and the embedding.
+behind a ReLU has no sign to keep. But x86 processors without VNNI add two products of an unsigned and a signed number
+in 16 bits, where 2 * 255 * 127 does not fit and 2 * 255 * 64 does: for these, weights can have 7 bits. docs/export.md
+has what either does to captions.
+
+All of the extractor is in 8 bits but its ends; of encoder and decoder, the products with weights and the embedding.
 
 No range is found while the graph runs (ONNX's DynamicQuantizeLinear): such a range is one for the whole batch, so that
 a photo's caption would depend on the photos beside it. docs/export.md has what that cost.
@@ -40,8 +43,7 @@ def quantise(
         seen: From `caption_export.calibration.observe`.
         method: One of `caption_export.calibration.METHODS`.
         in_float: Names of nodes that stay as they are.
-        weight_bits: 8, or 7, which are -64 to 64: x86 processors without VNNI add two products of an unsigned and a
-            signed number in 16 bits, where 2 * 255 * 127 does not fit and 2 * 255 * 64 does.
+        weight_bits: 8, or 7, which are -64 to 64.
 
     Returns:
         The same graph with a file name of its own. The same arguments give the same bytes.

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
 from caption_export.canonical import IR_VERSION, OPSET, PRODUCER
-from caption_export.errors import ExportError
+from caption_export.errors import ExportError, not_written
 from caption_export.loops import Found, Searching, beam_search, greedy_search
 from caption_export.weaving import Weaver, tensor_info
 from caption_rt import __version__
@@ -300,7 +300,7 @@ def write_one_graph(data: bytes, path: Path, *, overwrite: bool = False) -> None
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as exc:
-        raise CaptionError(f"{printable(path)} cannot be written: {printable(exc.strerror or exc)}") from exc
+        raise CaptionError(not_written(path, exc)) from exc
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

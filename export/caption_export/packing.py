@@ -7,14 +7,16 @@ is stored opens as fast as a folder.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import stat
 import zipfile
 from pathlib import Path
 
+from caption_export.errors import not_written
 from caption_rt.bundle import MANIFEST_FILE, Bundle
-from caption_rt.errors import BundleError, CaptionError, Parameter, printable, remedy_of
+from caption_rt.errors import BundleError, CaptionError, Parameter, printable
 
 _BEGINNING = (1980, 1, 1, 0, 0, 0)  # of zip's time
 _UNIX = 3  # the system whose modes the entries have
@@ -48,11 +50,10 @@ def pack_bundle(bundle: Bundle, archive: str | os.PathLike[str], *, overwrite: b
         Bundle.open(temporary)
         os.replace(temporary, target)
     except OSError as exc:
-        remedy = remedy_of(exc)
-        reason = f"{printable(exc.strerror or exc)}{remedy and ': '}{remedy}"
-        raise CaptionError(f"the zip file {printable(target)} cannot be written: {reason}") from exc
+        raise CaptionError(f"the zip file {not_written(target, exc)}") from exc
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # that it cannot be there is what was said already
+            temporary.unlink()
     return target
 
 

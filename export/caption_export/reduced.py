@@ -7,8 +7,9 @@ how many captions stay the same, and what that does to CIDEr on photos with real
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from caption_export.parity import Photo, Stage, run_rows, search_name, stages
 from caption_export.pipelines import Arrays, OnnxPipeline, PipelineStepper, captions_by
 from caption_export.structure import GraphReport, check_structure
 from caption_rt.bundle import GRAPH_TENSORS
+from caption_rt.errors import OptionsError, Parameter
 from caption_rt.options import DecodeOptions
 from caption_rt.selftest import forced_log_probs
 from caption_rt.vocabulary import Vocabulary
@@ -48,6 +50,16 @@ class Limits:
     max_cider_loss: float
     """Most that CIDEr (0 to 10) may fall below that of float32."""
 
+    def __post_init__(self) -> None:
+        """See that each is a number, which a comparison has a use for.
+
+        Raises:
+            OptionsError: One is not.
+        """
+        for name, value in asdict(self).items():
+            if not math.isfinite(value):
+                raise OptionsError(Parameter(name), f" must be a number, not {value}")
+
 
 LIMITS: Mapping[str, Limits] = {"fp16": Limits(40.0, 0.9, 0.01), "int8": Limits(20.0, 0.5, 0.01)}
 """What holds where nothing else is asked for."""
@@ -73,7 +85,7 @@ class Reduction:
     scored: Scored
     limits: Mapping[str, Limits] = field(default_factory=lambda: LIMITS)
     weight_bits: int = 8
-    """Of int8: 8, or 7 for processors whose products of 8 bits saturate; see `caption_export.int8.quantise`."""
+    """Of int8: 8, or 7 for processors whose products of 8 bits saturate; see `caption_export.int8`."""
 
 
 @dataclass(frozen=True)

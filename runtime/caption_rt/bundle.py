@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from caption_rt._fields import parse_json
 from caption_rt._graph_file import check_graph_file
-from caption_rt.errors import BundleError, CaptionError, Parameter, printable
+from caption_rt.errors import BundleError, CaptionError, Parameter, printable, remedy_of
 from caption_rt.manifest import (
     FORMAT_VERSION,
     GRAPH_TENSORS,
@@ -351,7 +351,9 @@ def _place(target: Path, files: Iterable[tuple[str, bytes]]) -> Bundle:
         Bundle.open(temporary)
         _move(temporary, target)
     except OSError as exc:
-        raise CaptionError(f"the bundle {printable(target)} cannot be written: {printable(exc)}") from exc
+        remedy = remedy_of(exc)
+        reason = f"{printable(exc.strerror or exc)}{remedy and ': '}{remedy}"
+        raise CaptionError(f"the bundle {printable(target)} cannot be written: {reason}") from exc
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Bundle.open(target)

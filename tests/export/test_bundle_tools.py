@@ -325,6 +325,19 @@ def test_what_is_no_zip_file_is_never_replaced(call, copy, photos, tmp_path):
     assert (tmp_path / "photo.jpg").read_bytes() == photos[0].read_bytes()
 
 
+def test_a_place_that_cannot_be_written_is_named_and_no_temporary_file(call, copy, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    place = tmp_path / "file" / "tiny"
+    for name, start, why in (
+        ("pack", "the zip file ", f"{place.parent} is not a folder"),
+        ("unpack", "the bundle ", "Not a directory"),
+        ("graph", "", f"{place.parent} is not a folder"),
+    ):
+        result = call(name, copy, place)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr == f"caption-export: error: {start}{place} cannot be written: {why}\n"
+
+
 def test_a_zip_file_is_there_wholly_or_not_at_all(call, copy, tmp_path, monkeypatch):
     archive = packing.pack_bundle(Bundle.open(copy), tmp_path / "tiny.zip")
     before = archive.read_bytes()

@@ -125,16 +125,39 @@ def test_help_lists_the_commands_and_version_is_the_groups(call):
         ("--calibration-photos", 64),  # though it is the default
         ("--scored-photos", 9),
         ("--max-cider-loss", 1),
-        ("--reduce-range",),
     ],
 )
 def test_an_option_of_fewer_bits_needs_a_precision_of_fewer_bits(call, run_folder, photos, tmp_path, arguments):
     result = call(run_folder, tmp_path / "out", "--photos", photos[0].parent, *arguments)
     assert result.exit_code == 2
     assert f"{arguments[0]} is about fp16 and int8: add --precision int8, or leave it out" in result.stderr
-    result = call(run_folder, tmp_path / "out", "--photos", photos[0].parent, "--precision", "fp16", "--reduce-range")
-    assert result.exit_code == 2
-    assert "--reduce-range is about int8: add --precision int8, or leave it out" in result.stderr
+    for precision in ("fp32", "fp16"):
+        result = call(
+            *(run_folder, tmp_path / "out", "--photos", photos[0].parent),
+            *("--precision", precision, "--reduce-range"),
+        )
+        assert result.exit_code == 2
+        assert "--reduce-range is about int8: add --precision int8, or leave it out" in result.stderr
+
+
+def test_errors_name_the_option_and_the_place(call, run_folder, photos, tmp_path):
+    """Not a parameter of ours, and not a temporary file; and before anything is converted."""
+    data = write_flickr8k(tmp_path / "data", range(8), range(8, 14))
+    (tmp_path / "file").write_text("no folder")
+    bundle = tmp_path / "file" / "bundle"
+    int8 = ("--precision", "int8", "--dataset", data)
+    for out, more, code, sentence in (
+        (tmp_path / "out", ("--length-penalty", "nan"), 2, "--length-penalty must be a number of at least 0, not nan"),
+        (tmp_path / "out", (*int8, "--max-cider-loss", "nan"), 2, "--max-cider-loss must be a number, not nan"),
+        (tmp_path / "out", (*int8, "--min-equal-captions", "nan"), 2, "--min-equal-captions must be a number, not nan"),
+        (tmp_path / "out", (*int8, "--min-sqnr", "inf"), 2, "--min-sqnr must be a number, not inf"),
+        (tmp_path / "file", (), 3, "file exists already: name another folder, or replace it with --overwrite"),
+        (bundle, (), 1, f"the bundle {bundle} cannot be written: {tmp_path / 'file'} is not a folder"),
+    ):
+        result = call(run_folder, out, "--photos", photos[0].parent, "--limit-photos", 3, *more)
+        assert (result.exit_code, result.stdout) == (code, "")
+        assert result.stderr.splitlines()[-1].endswith(sentence)
+        assert "converting" not in result.stderr
 
 
 def test_weights_of_7_bits_reach_the_export(call, run_folder, photos, tmp_path, monkeypatch):

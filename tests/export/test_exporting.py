@@ -183,7 +183,7 @@ def test_an_existing_bundle_is_kept_unless_told_otherwise(run, photos, tmp_path,
     out.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "build_graphs", lambda run: pytest.fail("converted before looking"))
-        with pytest.raises(BundleError, match=r"out exists already: ask for it to be overwritten"):
+        with pytest.raises(BundleError, match=r"out exists already: name another folder, or replace it with overwrite"):
             export_bundle(run, photos[:1], out, **FACTS)
     assert list(out.iterdir()) == []
     export_bundle(run, photos[:1], out, **FACTS, overwrite=True)

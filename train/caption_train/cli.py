@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from caption_rt import __version__
+from caption_rt.command_options import OPTION_NAMES
 from caption_rt.console import run_command
 from caption_train.cli_caption import caption
 from caption_train.cli_data import fetch, report
@@ -22,7 +23,7 @@ from caption_train.cli_train import show_settings, train
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; see `caption_rt.console.run_command`."""
     again = "interrupted; give the same command again to go on"
-    return run_command(command, "caption-train", arguments, extra="train", interrupted=again)
+    return run_command(command, "caption-train", arguments, extra="train", names=OPTION_NAMES, interrupted=again)
 
 
 @click.group(
