@@ -301,6 +301,22 @@ def test_the_attention_shows_for_the_word_under_pointer_focus_and_finger(show, p
 
 
 @pytest.mark.program("chromium")
+def test_the_light_lies_over_a_photo_of_any_shape(show, photos, tmp_path):
+    """A photo narrower than its label: what shows over it must not move it, or words flicker under the pointer."""
+    page = show()
+    for size in ((40, 400), (900, 60)):
+        path = tmp_path / "photo.png"
+        with Image.open(photos[0]) as photo:
+            photo.resize(size).save(path)
+        caption(page, path)
+        image, canvas = page.locator("figure img"), page.locator("canvas")
+        before = image.bounding_box()
+        page.locator(".words button").nth(1).hover(timeout=5000)
+        assert image.bounding_box() == before
+        assert canvas.bounding_box() == pytest.approx(before, abs=1)
+
+
+@pytest.mark.program("chromium")
 def test_photos_are_dropped_and_upright(show, bundle, photos, tmp_path):
     """The same photo, stored on its side with an EXIF orientation: the same caption."""
     turned = tmp_path / "turned.png"
