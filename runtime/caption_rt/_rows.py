@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from caption_rt._gather import DATA, PICKED, ROWS
+from caption_rt._handmade import DATA, PICKED, ROWS
 from caption_rt.devices import Device
 from caption_rt.errors import EngineError, printable
 
@@ -86,7 +86,7 @@ class Gather:
     """Picks rows of a tensor where it lies.
 
     Args:
-        session: a session of `caption_rt._gather.gather_model` on the device.
+        session: a session of `caption_rt._handmade.gather_model` on the device.
         device: the device.
     """
 

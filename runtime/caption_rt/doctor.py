@@ -339,4 +339,9 @@ def _self_test(bundle: Bundle, device: str, intra_op_threads: int | None, precis
         return Finding(
             "self-test", "warning", f"{text}, on the CPU because CUDA cannot be used: {fallback}", facts=facts
         )
+    engine = importlib.import_module("caption_rt.engine")
+    if result.precision == "int8" and facts["device"] == "cpu" and not engine.multiplies_exactly():
+        text += "; this processor cannot sum products of 8 bits exactly: captions may be worse"
+        mend = "take another precision with --precision, or a bundle exported with --reduce-range"
+        return Finding("self-test", "warning", text, mend, facts=facts)
     return Finding("self-test", "ok", text, facts=facts)

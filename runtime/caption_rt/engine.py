@@ -3,14 +3,14 @@
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from caption_rt import _cuda, graph_cache
-from caption_rt._gather import gather_model
+from caption_rt._handmade import gather_model, product_model
 from caption_rt._rows import Decoded, DeviceRows, Encoded, Gather, Rows, engine_errors, padded, run_bound
 from caption_rt._tensors import check_tensors
 from caption_rt.bundle import PRECISIONS, Bundle, GraphSpec
@@ -44,6 +44,7 @@ __all__ = [
     "built_in_providers",
     "check_precision",
     "cuda_missing",
+    "multiplies_exactly",
     "try_provider",
     "version",
 ]
@@ -64,6 +65,8 @@ _BOUND_TYPES = frozenset({"cuda"})
 _CPU_PHOTOS = 4
 # What a bundle is run in on a device where nothing else is asked for: the first that it has.
 _PREFERRED = {"cuda": ("fp16", "fp32", "int8"), "cpu": ("int8", "fp32", "fp16")}
+# The same on a CPU that cannot sum products of 8 bits exactly.
+_PREFERRED_INEXACT = ("fp32", "fp16", "int8")
 # A graph that is kept has its weights in a file of their own, which is mapped; all but the smallest (in bytes).
 _WEIGHTS_APART = {
     "session.optimized_model_external_initializers_file_name": graph_cache.WEIGHTS_FILE,
@@ -288,7 +291,7 @@ class Engine:
 
     def _load(self, bundle: Bundle, intra_op_threads: int | None, precision: str | None) -> None:
         precisions = bundle.manifest.precisions
-        self._precision = precision or next(name for name in _PREFERRED[self._device.type] if name in precisions)
+        self._precision = precision or _best_precision(self._device, precisions)
 
         def load(name: str) -> Graph:
             spec = precisions[self._precision][name]
@@ -372,6 +375,25 @@ def try_provider(device: str) -> str:
     if not np.array_equal(DeviceRows(picked, gather).numpy(), values[[2, 0]]):
         raise EngineError(f"{chosen.name} gives wrong numbers")
     return _CUDA if chosen.type == "cuda" else _CPU
+
+
+@functools.cache
+def multiplies_exactly() -> bool:
+    """Whether ONNX Runtime sums products of unsigned and signed numbers of 8 bits exactly on this CPU.
+
+    x86 processors without VNNI add two of them in 16 bits, which are too few for large ones: an int8 graph then runs,
+    and gives wrong grids (docs/export.md has figures). It is tried rather than looked up in a list of processors.
+    """
+    session = _new_session(product_model(), "the graph that multiplies", Device("cpu", 0), _session_options(1))
+    unsigned, signed = np.full((1, 2), 255, np.uint8), np.full((2, 1), 127, np.int8)
+    return int(session.run(None, {"unsigned": unsigned, "signed": signed})[0][0, 0]) == 2 * 255 * 127
+
+
+def _best_precision(device: Device, precisions: Collection[str]) -> str:
+    preferred = _PREFERRED[device.type]
+    if device.type == "cpu" and "int8" in precisions and len(precisions) > 1 and not multiplies_exactly():
+        preferred = _PREFERRED_INEXACT
+    return next(name for name in preferred if name in precisions)
 
 
 def _array(rows: Rows) -> NDArray[np.float32]:

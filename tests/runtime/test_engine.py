@@ -13,7 +13,7 @@ import pytest
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from caption_rt import engine
-from caption_rt._gather import gather_model
+from caption_rt._handmade import gather_model, product_model
 from caption_rt._rows import engine_errors, padded
 from caption_rt.bundle import TensorSpec
 from caption_rt.captioner import Captioner
@@ -336,20 +336,28 @@ def test_a_failing_bound_run_is_an_engine_error_and_prints_nothing(bound, capfd)
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_graph_that_picks_rows_is_what_onnx_would_have_written():
+@pytest.mark.parametrize(
+    ("data", "operator", "inputs", "outputs"),
+    [
+        (gather_model(), "Gather", {"data": "FLOAT", "rows": "INT64"}, {"picked": "FLOAT"}),
+        (product_model(), "MatMulInteger", {"unsigned": "UINT8", "signed": "INT8"}, {"product": "INT32"}),
+    ],
+)
+def test_handmade_graphs_are_what_onnx_would_make(data, operator, inputs, outputs):
     onnx = pytest.importorskip("onnx")
-    node = onnx.helper.make_node("Gather", ["data", "rows"], ["picked"])
-    tensors = [
-        onnx.ValueInfoProto(name=name, type=onnx.helper.make_tensor_type_proto(kind, None))
-        for name, kind in (
-            ("data", onnx.TensorProto.FLOAT),
-            ("rows", onnx.TensorProto.INT64),
-            ("picked", onnx.TensorProto.FLOAT),
-        )
-    ]
-    graph = onnx.helper.make_graph([node], "gather", tensors[:2], tensors[2:])
+
+    def tensors(kinds):
+        return [
+            onnx.ValueInfoProto(
+                name=name, type=onnx.helper.make_tensor_type_proto(onnx.TensorProto.DataType.Value(kind), None)
+            )
+            for name, kind in kinds.items()
+        ]
+
+    node = onnx.helper.make_node(operator, list(inputs), list(outputs))
+    graph = onnx.helper.make_graph([node], operator, tensors(inputs), tensors(outputs))
     wanted = onnx.ModelProto(ir_version=7, graph=graph, opset_import=[onnx.helper.make_opsetid("", 13)])
-    model = onnx.load_from_string(gather_model())
+    model = onnx.load_from_string(data)
     model.opset_import[0].domain = ""
     assert model == wanted
 

@@ -2,7 +2,13 @@
 
 import dataclasses
 import json
+import os
 import pickle
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,6 +18,7 @@ from onnx import numpy_helper
 from caption_rt.bundle import Bundle, write_bundle
 from caption_rt.captioner import Captioner
 from caption_rt.doctor import examine
+from caption_rt.engine import multiplies_exactly
 from caption_rt.errors import BundleError, EngineError, OptionsError
 from caption_rt.selftest import forced_log_probs
 from caption_rt.sessions import EngineStepper
@@ -48,7 +55,38 @@ def two(tiny_bundle, tmp_path_factory):
     return in_two(tiny_bundle, tmp_path_factory.mktemp("two") / "two")
 
 
-def test_a_cpu_takes_int8_where_nothing_else_is_asked_for(two, tiny_bundle, photos):
+def processor(monkeypatch, exact):
+    """A processor with VNNI, or without."""
+    monkeypatch.setattr("caption_rt.engine.multiplies_exactly", lambda: exact)
+
+
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="qemu-x86_64 (Debian: qemu-user) is not installed")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="emulates an x86 processor by this one's programs")
+def test_a_processor_that_does_not_multiply_exactly_is_found_out():
+    """A Haswell, which has AVX2 and no VNNI, and what this processor says of itself."""
+    code = "from caption_rt.engine import multiplies_exactly; print(multiplies_exactly())"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = ["qemu-x86_64", "-cpu", "Haswell", sys.executable, "-c", code]
+    emulated = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert emulated.stdout.strip() == "False"
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert multiplies_exactly() is ("avx512_vnni" in flags or "avx_vnni" in flags)
+
+
+def test_a_cpu_that_does_not_multiply_exactly_takes_fp32(two, tiny_bundle, photos, tmp_path, monkeypatch):
+    processor(monkeypatch, exact=False)
+    assert Captioner.load(two, "cpu").precision == "fp32"
+    assert Captioner.load(two, "cpu", precision="int8").precision == "int8"
+    status = {finding.part: finding.status for finding in examine(str(two.path), "cpu").findings}
+    assert status["self-test"] == "ok"
+    found = {finding.part: finding for finding in examine(str(two.path), "cpu", precision="int8").findings}["self-test"]
+    assert (found.status, found.exit_code) == ("warning", 0)
+    assert found.text.endswith("; this processor cannot sum products of 8 bits exactly: captions may be worse")
+    assert found.mend == "take another precision with --precision, or a bundle exported with --reduce-range"
+
+
+def test_a_cpu_takes_int8_where_nothing_else_is_asked_for(two, tiny_bundle, photos, monkeypatch):
+    processor(monkeypatch, exact=True)
     captioner = Captioner.load(two, "cpu")
     caption = captioner.caption(photos[2])
     assert (captioner.precision, caption.precision, caption.to_dict()["precision"]) == ("int8", "int8", "int8")
@@ -71,7 +109,7 @@ def test_a_pickled_captioner_keeps_its_precision(two):
 
 
 def test_the_self_test_of_fewer_bits_compares_the_makers_words(two):
-    result = Captioner.load(two, "cpu").self_test()
+    result = Captioner.load(two, "cpu", precision="int8").self_test()
     assert (result.precision, result.tolerance) == ("int8", TOLERANCE)
     assert 0.001 < result.max_difference < TOLERANCE
     assert Captioner.load(two, "cpu", precision="fp32").self_test().max_difference < 0.001
@@ -79,10 +117,12 @@ def test_the_self_test_of_fewer_bits_compares_the_makers_words(two):
 
 def test_the_self_test_of_fewer_bits_can_fail(tiny_bundle, tmp_path):
     with pytest.raises(EngineError, match=r"is 0\.\d+ off, and 1e-05 is allowed \(CPUExecutionProvider, int8\)"):
-        Captioner.load(in_two(tiny_bundle, tmp_path / "a", int8_word_log_prob=1e-5), "cpu").self_test()
+        Captioner.load(
+            in_two(tiny_bundle, tmp_path / "a", int8_word_log_prob=1e-5), "cpu", precision="int8"
+        ).self_test()
     bundle = in_two(tiny_bundle, tmp_path / "b", int8_word_log_prob="much")
     with pytest.raises(BundleError, match="int8_word_log_prob is not a number"):
-        Captioner.load(bundle, "cpu").self_test()
+        Captioner.load(bundle, "cpu", precision="int8").self_test()
 
 
 def test_forced_words_get_the_log_probabilities_of_a_search(tiny_bundle, photos):
@@ -96,13 +136,14 @@ def test_forced_words_get_the_log_probabilities_of_a_search(tiny_bundle, photos)
 
 def test_doctor_and_the_command_say_which_it_was(two, photos, tmp_path):
     facts = {finding.part: finding.facts for finding in examine(str(two.path), "cpu").findings}
-    assert (facts["bundle"]["precisions"], facts["self-test"]["precision"]) == (["fp32", "int8"], "int8")
+    best = "int8" if multiplies_exactly() else "fp32"
+    assert (facts["bundle"]["precisions"], facts["self-test"]["precision"]) == (["fp32", "int8"], best)
     output = tmp_path / "out.jsonl"
     arguments = ("--model", two.path, photos[2], "-o", output)
     assert caption_rt(*arguments, "--precision", "fp32").returncode == 0
     assert json.loads(output.read_text())["precision"] == "fp32"
     # Another precision is another run: the photo is captioned anew.
-    assert caption_rt(*arguments).returncode == 0
+    assert caption_rt(*arguments, "--precision", "int8").returncode == 0
     assert json.loads(output.read_text().splitlines()[-1])["precision"] == "int8"
     refused = caption_rt(*arguments, "--precision", "fp16")
     assert (refused.returncode, "has no fp16: it has fp32 and int8" in refused.stderr) == (2, True)

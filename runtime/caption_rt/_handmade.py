@@ -1,12 +1,10 @@
-"""An ONNX graph of one node, Gather, that picks rows of a tensor where it lies: written by hand.
+"""ONNX graphs of one node, written by hand: each is a dozen protobuf fields, so no ONNX library is needed.
 
-The graphs of a bundle know nothing of the search: which hypotheses go on is decided on the host, and their rows of
-features, keys and states are picked on the device. The graph is a dozen protobuf fields, so no ONNX library is needed.
 Field numbers are those of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto), the encoding that of
 https://protobuf.dev/programming-guides/encoding/.
 """
 
-__all__ = ["DATA", "PICKED", "ROWS", "gather_model"]
+__all__ = ["DATA", "PICKED", "ROWS", "gather_model", "product_model"]
 
 DATA = "data"
 """Input: float32 [n, ...]."""
@@ -17,20 +15,40 @@ PICKED = "picked"
 
 # As an exporter of 2021 would have written it: every ONNX Runtime that the package allows reads these.
 _IR_VERSION, _OPSET = 7, 13
-_FLOAT, _INT64 = 1, 7  # TensorProto.DataType
+_FLOAT, _UINT8, _INT8, _INT32, _INT64 = 1, 2, 3, 6, 7  # TensorProto.DataType
 
 
 def gather_model() -> bytes:
-    """The ONNX file. The shapes of its tensors are left open, so that it takes data of any rank."""
-    # NodeProto: input = 1, output = 2, op_type = 4. Without the attribute `axis` it is 0: rows.
-    node = _text(1, DATA) + _text(1, ROWS) + _text(2, PICKED) + _text(4, "Gather")
+    """Gather: picks rows of a tensor of any rank where it lies.
+
+    The graphs of a bundle know nothing of the search: which hypotheses go on is decided on the host, and their rows of
+    features, keys and states are picked on the device.
+
+    Returns:
+        The ONNX file. Without the attribute `axis` it is 0: rows.
+    """
+    return _model("Gather", {DATA: _FLOAT, ROWS: _INT64}, {PICKED: _FLOAT})
+
+
+def product_model() -> bytes:
+    """MatMulInteger: "unsigned", uint8 [n, k], times "signed", int8 [k, m], is "product", int32 [n, m].
+
+    Returns:
+        The ONNX file.
+    """
+    return _model("MatMulInteger", {"unsigned": _UINT8, "signed": _INT8}, {"product": _INT32})
+
+
+def _model(operator: str, inputs: dict[str, int], outputs: dict[str, int]) -> bytes:
+    """A graph of one operator; its tensors' element types are given, their shapes left open."""
+    # NodeProto: input = 1, output = 2, op_type = 4.
+    names = b"".join(_text(1, name) for name in inputs) + b"".join(_text(2, name) for name in outputs)
     # GraphProto: node = 1, name = 2, input = 11, output = 12.
     graph = (
-        _message(1, node)
-        + _text(2, "gather")
-        + _message(11, _tensor(DATA, _FLOAT))
-        + _message(11, _tensor(ROWS, _INT64))
-        + _message(12, _tensor(PICKED, _FLOAT))
+        _message(1, names + _text(4, operator))
+        + _text(2, operator)
+        + b"".join(_message(11, _tensor(*tensor)) for tensor in inputs.items())
+        + b"".join(_message(12, _tensor(*tensor)) for tensor in outputs.items())
     )
     # ModelProto: ir_version = 1, graph = 7, opset_import = 8; OperatorSetIdProto: version = 2.
     return _number(1, _IR_VERSION) + _message(7, graph) + _message(8, _number(2, _OPSET))
