@@ -92,6 +92,9 @@ def _everywhere(
     # A ReLU behind a node in float is in float too: nothing is saved by 8 bits in between.
     outputs = {name for node in model.graph.node if node.name in in_float for name in node.output}
     relus = {node.name for node in model.graph.node if node.op_type == "Relu" and node.input[0] in outputs}
+    # Sums with a constant only bring pixels into their range.
+    constants = {constant.name for constant in model.graph.initializer}
+    shifts = {node.name for node in model.graph.node if node.op_type == "Add" and constants & {*node.input}}
     quantizer = QDQQuantizer(
         model,
         per_channel=True,
@@ -100,7 +103,7 @@ def _everywhere(
         activation_qType=QuantType.QUInt8,
         tensors_range=TensorsData(CalibrationMethod.MinMax, tensors),
         nodes_to_quantize=[],
-        nodes_to_exclude=sorted({*in_float, *relus}),
+        nodes_to_exclude=sorted({*in_float, *relus, *shifts}),
         op_types_to_quantize=list(_EVERYWHERE),
         extra_options={},
     )
