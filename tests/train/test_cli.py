@@ -232,7 +232,7 @@ def test_wrong_calls_are_one_sentence(
         (["train", "{tmp}/set", "{tmp}/run", "--start-from", "{tmp}/run"], 6, "2 of the 4 photos of"),
         (["settings", "papers"], 2, "'papers' is not one of 'default', 'tutorial', 'paper'"),
         (["train", "{tmp}/set", "{tmp}/empty.json"], 2, "is a file"),
-        (["distill", "{data}/images", "--out", "{tmp}/run", "--captions", "{data}"], 2, "give both or neither"),
+        (["distill", "{tmp}", "--out", "{tmp}/run", "--captions", "{tmp}"], 2, "give both or neither"),
         (["distill", "{tmp}/gone", "--out", "{tmp}/run"], 6, "gone: there is no such folder of photos"),
     ],
 )

@@ -19,7 +19,6 @@ from caption_train.inception import (
     ExtractorConfig,
     build_extractor,
     load_extractor,
-    load_extractor_weights,
     save_extractor,
     weights_key,
 )
@@ -57,9 +56,7 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    extractor = build_extractor(TEACHER)
-    load_extractor_weights(extractor, str(teacher_file))
-    return Teacher(extractor, TEACHER, tmp_path_factory.mktemp("cache"))
+    return Teacher.of_network(TEACHER, str(teacher_file), tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +171,27 @@ def test_a_run_goes_on_elsewhere(unbroken: Path, teacher: Teacher, photos: list[
     steps: list[int] = []
     run.run(lambda step, loss: steps.append(step))
     assert steps == list(range(31, 51))
-    assert [row["step"] for row in history(tmp_path)] == [32, 36, 40, 44, 48, 50]
+    assert history(tmp_path)[:9] == history(unbroken)
+    assert [row["step"] for row in history(tmp_path)[9:]] == [32, 36, 40, 44, 48, 50]
     # What the folder has goes first from then on.
     assert int(Distillation(STUDENT, config, teacher, photos, tmp_path, unbroken / SMALL).step) == 50
     assert (unbroken / SMALL).stat().st_size < 0.7 * (unbroken / "extractor.weights.h5").stat().st_size * 2
+
+
+def test_the_learning_rate(unbroken: Path, teacher: Teacher, photos: list[Path], tmp_path: Path) -> None:
+    """It falls along a cosine over the run; an optimiser that begins later is warmed up all the same."""
+    config = replace(CONFIG, rounds=12)  # 120 steps, of which 3.6 are a warm-up
+    run = Distillation(STUDENT, config, teacher, photos, tmp_path / "a")
+    rates = []
+    for step in range(6):
+        run.step.assign(step)
+        run.optimizer.iterations.assign(step)
+        rates.append(float(run.optimizer.learning_rate))
+    assert rates == pytest.approx([0.01 / 3.6, 0.02 / 3.6, 0.03 / 3.6, *(0.00998, 0.00997, 0.00996)], rel=2e-3)
+    later = Distillation(STUDENT, config, teacher, photos, tmp_path / "b", unbroken / SMALL)
+    assert float(later.optimizer.learning_rate) == pytest.approx(0.01 / 3.6)
+    later.optimizer.iterations.assign(20)
+    assert float(later.optimizer.learning_rate) == pytest.approx(0.005 * (1 + np.cos(np.pi * 30 / 120)))
 
 
 def test_a_start_that_does_not_fit(unbroken: Path, teacher: Teacher, photos: list[Path], tmp_path: Path) -> None:
@@ -190,10 +204,10 @@ def test_a_start_that_does_not_fit(unbroken: Path, teacher: Teacher, photos: lis
         Distillation(STUDENT, CONFIG, teacher, photos, tmp_path, tmp_path / "text.npz")
 
 
-def test_grids_of_another_size(photos: list[Path], teacher_file: Path, tmp_path: Path) -> None:
+def test_grids_of_another_size(photos: list[Path], teacher: Teacher, tmp_path: Path) -> None:
     student = replace(STUDENT, layer="stage2")
     with pytest.raises(OptionsError, match="grid has 7 x 7 places and the student's 3 x 3: choose layers or sizes"):
-        run_distillation(photos, TEACHER, str(teacher_file), student, CONFIG, tmp_path / "run", tmp_path / "c", silent)
+        run_distillation(photos, teacher, student, CONFIG, tmp_path / "run", silent)
     assert list(tmp_path.iterdir()) == []  # before the teacher has seen a photo
 
 
@@ -238,15 +252,13 @@ def test_a_photo_that_is_gone(teacher: Teacher, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_the_whole_of_it(photos: list[Path], teacher_file: Path, tmp_path: Path) -> None:
+def test_the_whole_of_it(photos: list[Path], teacher: Teacher, tmp_path: Path) -> None:
     config = replace(CONFIG, rounds=1, passes=1)
     unreadable = tmp_path / "unreadable.png"
     unreadable.write_bytes(b"no photo")
 
     def go(config: DistillConfig, student: ExtractorConfig = STUDENT) -> None:
-        run_distillation(
-            [*photos, unreadable], TEACHER, str(teacher_file), student, config, tmp_path / "run", tmp_path / "c", silent
-        )
+        run_distillation([*photos, unreadable], teacher, student, config, tmp_path / "run", silent)
 
     go(config)
     first = weights_key(load_extractor(tmp_path / "run")[0])

@@ -1,13 +1,17 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from caption_rt.bundle import Bundle, default_bundle_path
+from caption_rt.engine import Engine
 from caption_rt.errors import ImageError
 from caption_rt.image import read_photo
 from caption_train import distill_views
-from caption_train.distill_views import WHOLE, read_view
+from caption_train.distill_views import WHOLE, Teacher, read_view
+from caption_train.errors import TrainingError
 
 pytestmark = pytest.mark.tf
 
@@ -77,3 +81,22 @@ def test_a_photo_that_cannot_be_read(tmp_path: Path, ramp: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"no photo")
     with pytest.raises(ImageError, match=r"x\.jpg is named like a photo and holds text"):
         read_view(tmp_path / "x.jpg", 75, 1)
+
+
+def test_the_extractor_of_a_bundle_teaches(tmp_path: Path, ramp: Path) -> None:
+    teacher = Teacher.of_bundle(default_bundle_path(), tmp_path / "cache")
+    manifest = Bundle.open(default_bundle_path()).manifest
+    assert teacher.grid_shape == (manifest.grid.rows, manifest.grid.columns, manifest.grid.channels)
+    assert teacher.facts["size"] == manifest.image.size
+    assert teacher.facts["sha256"] == manifest.training["extractor"]["sha256"]
+    views = teacher.look([ramp], 3)
+    assert views.paths == (ramp,)
+    pixels = read_view(ramp, manifest.image.size, 3, [ramp])[None]
+    wanted = Engine(Bundle.open(default_bundle_path()), "cpu").extract(pixels)
+    np.testing.assert_allclose(views.cache.gather(views.rows), wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_a_bundle_that_does_not_say_what_its_extractor_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bundle, "manifest", SimpleNamespace(training={}))
+    with pytest.raises(TrainingError, match="does not say what its extractor is: export it anew with caption-export"):
+        Teacher.of_bundle(default_bundle_path(), tmp_path)

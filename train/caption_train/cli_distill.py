@@ -22,6 +22,12 @@ from caption_train.datasets import load_dataset, photos_in
 @click.option(
     "--teacher-weights", metavar="imagenet|FILE", default="imagenet", help="'imagenet' (downloaded) or a weights file."
 )
+@click.option(
+    "--teacher-bundle",
+    type=PATH,
+    metavar="BUNDLE",
+    help="In place of these: the extractor of a bundle, which in int8 answers three times as fast on a CPU.",
+)
 @click.option("--teacher-layer", default="mixed10", help="Block of the teacher that is reproduced, mixed0 to mixed10.")
 @click.option("--teacher-size", type=int, default=299, help="Pixels to a side of the teacher's photos.")
 @click.option("--width", type=float, default=1.0, help="Width multiplier of the student.")
@@ -32,7 +38,7 @@ from caption_train.datasets import load_dataset, photos_in
 )
 @click.option("--size", type=int, default=224, help="Pixels to a side of the student's photos.")
 @click.option("--rounds", type=COUNT, default=24, help="New views of every photo.")
-@click.option("--passes", type=COUNT, default=5, help="Passes' worth of steps a round.")
+@click.option("--passes", type=COUNT, default=8, help="Passes' worth of steps a round.")
 @click.option("--window", type=COUNT, default=4, help="Rounds whose views are learnt from: the newest ones.")
 @click.option("--batch-size", type=COUNT, default=32, help="Views a step.")
 @click.option("--learning-rate", type=float, default=1e-3, help="The highest; it falls along a cosine.")
@@ -54,6 +60,7 @@ def distill(
     cache: Path | None,
     exclude: Path | None,
     teacher_weights: str,
+    teacher_bundle: Path | None,
     teacher_layer: str,
     teacher_size: int,
     width: float,
@@ -76,10 +83,11 @@ def distill(
         paths = [path for path in paths if path.name not in unseen]
     with quiet_stderr():
         from caption_train.distill import DistillConfig, run_distillation
+        from caption_train.distill_views import Teacher
         from caption_train.inception import ExtractorConfig
         from caption_train.runs import data_choices, open_run
 
-    judges = None
+    judges, cache_folder = None, cache or out / "teacher"
     if captioner is not None and captions is not None:
         validation = load_dataset(captions, **data_choices(captioner)).validation
         if seen := {path.name for path in paths} & {image.path.name for image in validation}:
@@ -87,14 +95,18 @@ def distill(
                 f"{len(seen)} validation photos of {captions}, such as {min(seen)}, are among PHOTOS: --exclude them"
             )
         judges = open_run(captioner), validation
+    student, config = ExtractorConfig(width, size, layer), DistillConfig(**options)
+    if teacher_bundle is not None:
+        teacher = Teacher.of_bundle(teacher_bundle, cache_folder)
+    else:
+        of_teacher = ExtractorConfig(1.0, teacher_size, teacher_layer)
+        teacher = Teacher.of_network(of_teacher, teacher_weights, cache_folder)
     run_distillation(
         paths,
-        ExtractorConfig(1.0, teacher_size, teacher_layer),
-        teacher_weights,
-        ExtractorConfig(width, size, layer),
-        DistillConfig(**options),
+        teacher,
+        student,
+        config,
         out,
-        cache or out / "teacher",
         training_bar,
         start_from=start_from,
         captioner=judges,

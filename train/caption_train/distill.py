@@ -48,11 +48,9 @@ from caption_train.inception import (
     DISTILLATION,
     ExtractorConfig,
     build_extractor,
-    load_extractor_weights,
     save_extractor,
 )
 from caption_train.runs import Run
-from caption_train.schedules import WarmupCosine
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +60,7 @@ SMALL = "small.npz"
 _LOOK_AHEAD = 4  # batches read while the network is busy
 _KEPT_CHECKPOINTS = 2
 _AVERAGED_STEPS = 1000
+_WARMUP_STEPS = 300
 _OPTIONS, _HISTORY = "options.json", "distill.jsonl"
 
 
@@ -71,14 +70,14 @@ class DistillConfig:
 
     rounds: int = 24
     """New views of every photo."""
-    passes: int = 5
+    passes: int = 8
     """Passes' worth of steps a round."""
     window: int = 4
     """Rounds whose views are learnt from: the newest ones."""
     batch_size: int = 32
     """Views a step."""
     learning_rate: float = 1e-3
-    """Peak of the schedule: linear warm-up over the first 1 %, then a cosine down to zero."""
+    """Peak of the schedule: a short linear warm-up, then a cosine down to zero over the whole run."""
     weight_decay: float = 2e-2
     """Decoupled, as in AdamW (Loshchilov and Hutter 2019)."""
     validation: int = 256
@@ -128,7 +127,7 @@ class Distillation:
             photos: Files without captions.
             folder: Where checkpoints, log and the finished extractor go.
             start_from: A `SMALL` of the same student, with which a run begins that has no checkpoint yet: at the next
-                round, with an optimiser that knows nothing.
+                round, with an optimiser that knows nothing. The log that lies beside it is gone on with.
 
         Raises:
             TrainingError: Too few photos, or the checkpoint is of another run.
@@ -150,16 +149,15 @@ class Distillation:
         self.average, self.average_head = build_extractor(student), _linear_map(student, teacher)
         for model in (self.student, self.head):
             compute_in_bfloat16(model)
-        self.optimizer = keras.optimizers.AdamW(
-            WarmupCosine(config.learning_rate, self.total_steps, warmup=0.01), weight_decay=config.weight_decay
-        )
+        self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.first_round = tf.Variable(0, dtype=tf.int64, trainable=False)
+        rate = _Rate(config.learning_rate, self.total_steps, self.step)
+        self.optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay)
         self._variables = [*self.student.trainable_variables, *self.head.trainable_variables]
         self.optimizer.build(self._variables)
         self._pairs = list(zip(self._weights(averages=True), self._weights(averages=False), strict=True))
         for mean, weight in self._pairs:
             mean.assign(weight)
-        self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self.first_round = tf.Variable(0, dtype=tf.int64, trainable=False)
         parts = {
             "student": self.student,
             "head": self.head,
@@ -327,6 +325,7 @@ class Distillation:
         number = math.ceil(step / self.steps_a_round)
         self.step.assign(number * self.steps_a_round)
         self.first_round.assign(number)
+        rewrite_json_lines(self.folder / _HISTORY, read_json_lines(path.with_name(_HISTORY)))
         logger.info("going on with %s at round %d of %d", path, number, self.config.rounds)
 
 
@@ -373,6 +372,20 @@ class _Scale:
         return tf.reduce_mean(tf.square(error)), tf.reduce_mean(tf.square(means))
 
 
+class _Rate(keras.optimizers.schedules.LearningRateSchedule):
+    """A cosine over the run, under a warm-up of the optimiser, which may have begun later than the run did."""
+
+    def __init__(self, peak: float, total_steps: int, run_step: tf.Variable) -> None:
+        self._peak, self._total_steps, self._run_step = peak, total_steps, run_step
+        self._warmup = max(1.0, min(_WARMUP_STEPS, 0.03 * total_steps))
+
+    def __call__(self, step: Any) -> tf.Tensor:
+        """The rate at a step of the optimiser."""
+        share = tf.cast(self._run_step, tf.float32) / self._total_steps
+        cosine = 0.5 * (1 + tf.cos(math.pi * tf.minimum(share, 1.0)))
+        return self._peak * tf.minimum((tf.cast(step, tf.float32) + 1) / self._warmup, cosine)
+
+
 def _linear_map(student: ExtractorConfig, teacher: Teacher) -> keras.Model:
     """From the student's grid to the teacher's channels, place by place: at first to their means."""
     rows, columns, channels = build_extractor(student).output_shape[1:]
@@ -403,12 +416,10 @@ def _flip(photos: tf.Tensor, target: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Ten
 
 def run_distillation(
     photos: Sequence[Path],
-    teacher_config: ExtractorConfig,
-    teacher_weights: str,
+    teacher: Teacher,
     student_config: ExtractorConfig,
     config: DistillConfig,
     folder: Path,
-    cache_folder: Path,
     progress: Callable[[int, int], AbstractContextManager[Callable[[int, float], None]]],
     *,
     start_from: Path | None = None,
@@ -418,32 +429,27 @@ def run_distillation(
 
     Args:
         photos: Files without captions.
-        teacher_config: The large extractor.
-        teacher_weights: As `caption_train.inception.load_extractor_weights` takes them.
+        teacher: The large extractor.
         student_config: The small extractor.
         config: Options.
         folder: Where the run goes and the finished extractor stays.
-        cache_folder: Where the teacher's grids are kept.
         progress: Given all steps and those done, opens what is called after each step.
         start_from: See `Distillation`.
         captioner: A run on the teacher's grids, and the photos whose captions show how far the student is.
 
     Raises:
         OptionsError: The grids of student and teacher differ in size.
-        TrainingError: The folder holds a run with other options; see `Teacher`, `Distillation` and `Examiner`.
+        TrainingError: The folder holds a run with other options; see `Distillation` and `Examiner`.
         OSError: The folder cannot be written.
     """
-    extractor = build_extractor(teacher_config)
-    theirs, ours = extractor.output_shape[1:3], build_extractor(student_config).output_shape[1:3]
+    theirs, ours = teacher.grid_shape[:2], build_extractor(student_config).output_shape[1:3]
     if theirs != ours:  # found now rather than when the teacher has seen all photos
         raise OptionsError(
             f"the teacher's grid has {theirs[0]} x {theirs[1]} places and the student's {ours[0]} x {ours[1]}: choose "
             "layers or sizes that agree"
         )
-    load_extractor_weights(extractor, teacher_weights)
-    teacher = Teacher(extractor, teacher_config, cache_folder)
     options = {
-        "teacher": {**asdict(teacher_config), "weights": Path(teacher_weights).name, "sha256": teacher.weights},
+        "teacher": teacher.facts,
         "student": asdict(student_config),
         "options": asdict(config),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,8 @@ class Examiner:
         Raises:
             TrainingError: The captioner was trained on other grids.
         """
-        if weights_key(run.extractor) != teacher.weights or run.extractor_config != teacher.config:
+        theirs = {**asdict(run.extractor_config), "sha256": weights_key(run.extractor)}
+        if any(teacher.facts[name] != value for name, value in theirs.items()):
             raise TrainingError(f"{run.folder} was not trained on this teacher's grids: give a captioner that was")
         self._run, self._images = run, images
         self._stepper = TensorFlowStepper(run.model)

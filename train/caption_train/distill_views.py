@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
+from caption_rt.bundle import Bundle
+from caption_rt.engine import Engine
 from caption_rt.image import open_photo, read_photo
-from caption_train.cache import ABSENT, GridCache
-from caption_train.inception import ExtractorConfig, extract_with, weights_key
+from caption_train.cache import ABSENT, Extract, GridCache
+from caption_train.errors import TrainingError
+from caption_train.inception import ExtractorConfig, build_extractor, extract_with, load_extractor_weights
 from caption_train.precision import dtype_of_products
 
 logger = logging.getLogger(__name__)
@@ -95,24 +100,72 @@ class Teacher:
     A view's grids are kept as long as they are learnt from: 164 kB a photo at 8 x 8 places of 1,280 channels.
     """
 
-    def __init__(self, extractor: keras.Model, config: ExtractorConfig, cache_folder: Path) -> None:
-        """Take the network.
+    def __init__(
+        self,
+        extract: Extract,
+        grid_shape: tuple[int, int, int],
+        facts: Mapping[str, Any],
+        computes_in: str,
+        cache_folder: Path,
+    ) -> None:
+        """Take an extractor as a function; callers use `of_network` or `of_bundle`.
 
         Args:
-            extractor: With its weights. Its products are in bfloat16 from now on where this machine is faster then.
-            config: Its configuration.
+            extract: Photos uint8 [n, S, S, 3] to grids float32 [n, P, C].
+            grid_shape: Rows, columns and channels of its grid.
+            facts: Its ``width``, ``size``, ``layer``, and the ``sha256`` of its weights, by `weights_key`.
+            computes_in: The precision, which its grids depend on in their last digits.
             cache_folder: Where its grids are kept.
         """
-        self.config = config
-        """Width, size and block."""
-        self.weights = weights_key(extractor)
-        """SHA-256 of its weights."""
-        rows, columns, channels = extractor.output_shape[1:]
-        self.grid_shape = (int(rows), int(columns), int(channels))
-        """Rows, columns and channels of its grid."""
-        self._folder, self._extractor = cache_folder, extractor
+        self.grid_shape, self.facts = grid_shape, dict(facts)
+        self._extract, self._computes_in, self._folder = extract, computes_in, cache_folder
+
+    @classmethod
+    def of_network(cls, config: ExtractorConfig, weights: str, cache_folder: Path) -> Self:
+        """An extractor in TensorFlow, in bfloat16 where this machine is faster then.
+
+        Args:
+            config: Width, size and block.
+            weights: As `caption_train.inception.load_extractor_weights` takes them.
+            cache_folder: Where its grids are kept.
+
+        Raises:
+            TrainingError: The weights cannot be had.
+        """
+        extractor = build_extractor(config)
+        key = load_extractor_weights(extractor, weights)
         compute_in_bfloat16(extractor)
-        self._extract = extract_with(extractor)
+        rows, columns, channels = extractor.output_shape[1:]
+        facts = {**asdict(config), "weights": Path(weights).name, "sha256": key}
+        computes_in = dtype_of_products("auto").name
+        return cls(extract_with(extractor), (rows, columns, channels), facts, computes_in, cache_folder)
+
+    @classmethod
+    def of_bundle(cls, path: Path, cache_folder: Path) -> Self:
+        """The extractor of a bundle in ONNX Runtime, in the bundle's best precision for this machine.
+
+        Args:
+            path: A bundle that `caption-export` made.
+            cache_folder: Where its grids are kept.
+
+        Raises:
+            BundleError: It cannot be opened.
+            EngineError: ONNX Runtime cannot load it.
+            TrainingError: It does not say what its extractor is.
+        """
+        bundle = Bundle.open(path)
+        facts = bundle.manifest.training.get("extractor")
+        if not isinstance(facts, dict) or "sha256" not in facts:
+            raise TrainingError(f"{path} does not say what its extractor is: export it anew with caption-export")
+        engine, grid = Engine(bundle), bundle.manifest.grid
+
+        def extract(photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+            grids = engine.extract(photos)
+            return grids if isinstance(grids, np.ndarray) else grids.numpy()
+
+        kept = {name: facts[name] for name in ("width", "size", "layer", "weights", "sha256")}
+        shape = (grid.rows, grid.columns, grid.channels)
+        return cls(extract, shape, kept, f"{engine.precision} of {bundle.sha256}", cache_folder)
 
     def look(self, photos: Sequence[Path], number: int) -> Views:
         """Compute, or find in the cache, what it says about one view of every photo, of which any may shine through.
@@ -122,13 +175,13 @@ class Teacher:
         """
         rows, columns, channels = self.grid_shape
         cache = GridCache.open(self._folder, self._key(photos, number), (rows * columns, channels))
-        read = partial(read_view, size=self.config.size, number=number, others=photos)
+        read = partial(read_view, size=self.facts["size"], number=number, others=photos)
         found = cache.fill(photos, self._extract, read=read)
         readable = [int(i) for i in np.flatnonzero(found != ABSENT)]
         return Views(number, tuple(photos[i] for i in readable), found[readable], cache)
 
     def _key(self, photos: Sequence[Path], number: int) -> str:
-        key = f"{self.weights} {asdict(self.config)} {dtype_of_products('auto').name} view {number}"
+        key = f"{json.dumps(self.facts, sort_keys=True)} {self._computes_in} view {number}"
         if number == WHOLE:
             return key
         names = hashlib.sha256("\n".join(path.name for path in photos).encode()).hexdigest()

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Makes models/default again: teacher's captioner, student, captioner, both together, reward, bundle.
+#
+#   models/make.sh FLICKR8K UNLABELLED TEACHER WORK [DISTILL OPTION...]
+#
+# FLICKR8K is the set's folder, UNLABELLED a folder of photos without captions, TEACHER the weights of an InceptionV3, WORK
+# a folder for everything that is made. Each stage goes on where it stopped, so after any stop the same command goes on. On
+# a new machine the student goes on from the one that is committed; DISTILL OPTIONs, such as --rounds 48, are handed on.
+set -euo pipefail
+if [ $# -lt 4 ]; then
+  echo "usage: ${0##*/} FLICKR8K UNLABELLED TEACHER WORK [DISTILL OPTION...]" >&2
+  exit 2
+fi
+data=$1 unlabelled=$2 teacher=$3 work=$4
+shift 4
+here=$(cd "$(dirname "$0")" && pwd)
+
+caption-train train "$data" "$work/teacher" --set extractor.weights="$teacher" --set extractor.layer=mixed8
+if [ ! -d "$work/teacher-bundle" ]; then
+  caption-export "$work/teacher" "$work/teacher-bundle" --photos "$data/images" --dataset "$data" --precision int8
+fi
+start=()
+if [ -f "$here/checkpoints/student/small.npz" ]; then
+  start=(--start-from "$here/checkpoints/student/small.npz")
+fi
+caption-train distill "$data/images" "$unlabelled" --exclude "$data/Flickr_8k.devImages.txt" \
+  --teacher-bundle "$work/teacher-bundle" --captioner "$work/teacher" --captions "$data" \
+  --out "$work/student" "${start[@]}" "$@"
+caption-train train "$data" "$work/captioner" --config "$here/captioner.toml" --set extractor.weights="$work/student"
+caption-train train "$data" "$work/joint" --start-from "$work/captioner" --config "$here/joint.toml"
+caption-train train "$data" "$work/critical" --start-from "$work/joint" --config "$here/critical.toml"
+caption-train evaluate "$data" "$work/critical" --beam 3 --no-java
+caption-export "$work/critical" "$here/default" --photos "$data/images" --dataset "$data" \
+  --precision int8 --precision fp16 --name default --license Apache-2.0 --beam 3 --overwrite \
+  --description "A small residual network and a GRU of 256 units, trained on Flickr8k from random initialisation"
