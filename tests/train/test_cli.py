@@ -177,7 +177,7 @@ def test_scores_of_other_data_are_not_the_runs(
         (["train", "{data}", "{data}/Flickr8k.token.txt/x", *TINY], 1, "Flickr8k.token.txt/x: Not a directory"),
         (["evaluate", "{data}", "{run}", "--split", "test"], 2, "the data set flickr8k has no test split"),
         (["evaluate", "{data}", "{tmp}"], 7, "is no run folder: it has no run.json"),
-        (["evaluate", "{data}", "{run}", "--beam", "1001"], 2, "beam_size must be a whole number from 1 to 1000"),
+        (["evaluate", "{data}", "{run}", "--beam", "1001"], 2, "beam must be a whole number from 1 to 1000, not 1001"),
         (
             ["distill", "{data}/images", "--out", "{tmp}/d", "--learning-rate", "0"],
             2,
