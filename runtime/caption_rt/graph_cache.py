@@ -134,11 +134,12 @@ class GraphCache:
             _remove(temporary)
 
     def _keep(self, key: str, temporary: Path) -> None:
+        if self.find(key) is not None:  # another process was first, and its bytes are not the same
+            return
+        self.drop(key)  # what is left was spoilt
         for file in temporary.iterdir():
             file.chmod(0o600)
-        target = self._folder / f"{key}.{self._checksum(temporary)}.graph"
-        _remove(target)  # one that was spoilt: a whole one would have been found
-        temporary.replace(target)
+        temporary.replace(self._folder / f"{key}.{self._checksum(temporary)}.graph")
         oldest = time.time() - _UNUSED_DAYS * 86400
         for pattern in ("*.graph", ".*.tmp"):
             for unused in self._folder.glob(pattern):
