@@ -18,7 +18,7 @@ import os
 import time
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -218,6 +218,7 @@ class Distillation:
                 self._checkpoints.save(step)
                 self._write_small()
                 save_extractor(self.average, self.student_config, self.folder)
+                self._describe(record)
                 losses.clear()
         return self.folder
 
@@ -308,6 +309,16 @@ class Distillation:
         temporary = self.folder / f"small-{os.getpid()}.npz"
         np.savez(temporary, *arrays, step=np.int64(int(self.step)))
         os.replace(temporary, self.folder / SMALL)
+
+    def _describe(self, record: Mapping[str, float]) -> None:
+        """Write what model cards say of the extractor as it is."""
+        facts = {
+            "photos": len(self._train),
+            "teacher": self.teacher.facts,
+            "options": asdict(self.config),
+            **{name: record[name] for name in ("step", "explained", "explained_means")},
+        }
+        write_json(self.folder / DISTILLATION, {"distillation": facts})
 
     def _start(self, path: Path) -> None:
         """Begin with what `_write_small` wrote, at the next round."""
@@ -425,7 +436,7 @@ def run_distillation(
     start_from: Path | None = None,
     captioner: tuple[Run, Sequence[CaptionedImage]] | None = None,
 ) -> None:
-    """The whole of it: teacher and student, round by round, then the student's description for model cards.
+    """The whole of it: teacher and student, round by round.
 
     Args:
         photos: Files without captions.
@@ -461,6 +472,3 @@ def run_distillation(
     run = Distillation(student_config, config, teacher, photos, folder, start_from)
     with progress(run.total_steps, int(run.step)) as on_step:
         run.run(on_step, examiner)
-    record = {"photos": len(photos), **options, **run.validate()}
-    del record["student"]  # that is extractor.json
-    write_json(folder / DISTILLATION, {"distillation": record})
