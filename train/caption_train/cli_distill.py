@@ -37,8 +37,8 @@ from caption_train.datasets import load_dataset, photos_in
     help="The student's block whose output is its grid: stage1 to stage3 of a residual network, or mixed0 to mixed10.",
 )
 @click.option("--size", type=int, default=224, help="Pixels to a side of the student's photos.")
-@click.option("--rounds", type=COUNT, default=24, help="New views of every photo.")
-@click.option("--passes", type=COUNT, default=8, help="Passes' worth of steps a round.")
+@click.option("--rounds", type=COUNT, default=48, help="New views of every photo.")
+@click.option("--passes", type=COUNT, default=4, help="Passes' worth of steps a round.")
 @click.option("--window", type=COUNT, default=4, help="Rounds whose views are learnt from: the newest ones.")
 @click.option("--batch-size", type=COUNT, default=32, help="Views a step.")
 @click.option("--learning-rate", type=float, default=1e-3, help="The highest; it falls along a cosine.")

@@ -68,9 +68,9 @@ _OPTIONS, _HISTORY = "options.json", "distill.jsonl"
 class DistillConfig:
     """Options of a distillation run."""
 
-    rounds: int = 24
+    rounds: int = 48
     """New views of every photo."""
-    passes: int = 8
+    passes: int = 4
     """Passes' worth of steps a round."""
     window: int = 4
     """Rounds whose views are learnt from: the newest ones."""
