@@ -32,4 +32,5 @@ caption-train train "$data" "$work/critical" --start-from "$work/joint" --config
 caption-train evaluate "$data" "$work/critical" --beam 3 --no-java
 caption-export "$work/critical" "$here/default" --photos "$data/images" --dataset "$data" \
   --precision int8 --precision fp16 --name default --license Apache-2.0 --beam 3 --overwrite \
+  --teacher "$work/teacher" --notes "$here/card.md" \
   --description "A small residual network and a GRU of 256 units, trained on Flickr8k from random initialisation"

@@ -12,6 +12,7 @@ from caption_export.verification import VERIFICATION_FILE, Verification
 from caption_rt.bundle import GridSpec
 from caption_rt.options import DecodeOptions
 from caption_train.model import ModelConfig
+from caption_train.residual import STAGES
 
 _SATURATES = "found on a processor that multiplies them exactly; x86 without VNNI does not: use fp32 there"
 
@@ -35,14 +36,18 @@ class CardFacts:
     """How and on what it was trained."""
     scores: Mapping[str, Any]
     """Its scores by split; may be empty."""
+    teacher_scores: Mapping[str, Any]
+    """Those of a captioner on the grid that the extractor learned to reproduce; may be empty."""
+    notes: str
+    """What its maker has written about it: Markdown with headings of its own, or nothing."""
     versions: Mapping[str, str]
     verification: Verification
 
 
 def model_card(facts: CardFacts) -> str:
     """The card as Markdown."""
-    parts = (_what, _data, _scores, _verification, _use, _versions)
-    return "\n".join(line for part in parts for line in (*part(facts), "")).rstrip() + "\n"
+    parts = (_what, _data, _scores, _verification, _use, _notes, _versions)
+    return "\n\n".join(text for part in parts if (text := "\n".join(part(facts)))) + "\n"
 
 
 def _what(facts: CardFacts) -> Iterator[str]:
@@ -57,13 +62,19 @@ def _what(facts: CardFacts) -> Iterator[str]:
     yield (
         'The model is that of "Show, Attend and Tell" (Xu et al. 2015) as TensorFlow\'s image-captioning tutorial '
         f"builds it. A photo of {facts.size}x{facts.size} pixels becomes a grid of {grid.rows}x{grid.columns} places "
-        f"with {grid.channels} channels (InceptionV3's topology); a dense layer makes {model.embedding_dim} features "
-        f"of each; a GRU of {model.units} units with Bahdanau attention writes the sentence, word by word, from "
-        f"{model.vocabulary_size} words. {facts.parameters / 1e6:.1f} million weights in single precision."
+        f"with {grid.channels} channels ({_topology(facts.training)}); a dense layer makes {model.embedding_dim} "
+        f"features of each; a GRU of {model.units} units with Bahdanau attention writes the sentence, word by word, "
+        f"from {model.vocabulary_size} words. {facts.parameters / 1e6:.1f} million weights in single precision."
     )
     yield ""
     carried = "is carried from word to word" if model.recurrence == "carry" else "starts anew with each word"
     yield f"The recurrent state {carried} (`recurrence: {model.recurrence}`)."
+
+
+def _topology(training: Mapping[str, Any]) -> str:
+    """Which network the grid comes from."""
+    layer = training.get("extractor", {}).get("layer")
+    return f"the output of {layer} of a small residual network" if layer in STAGES else "InceptionV3's topology"
 
 
 def _data(facts: CardFacts) -> Iterator[str]:
@@ -78,7 +89,13 @@ def _data(facts: CardFacts) -> Iterator[str]:
 
 
 def where_from(extractor: Mapping[str, Any]) -> str:
-    """Whose knowledge of photos is in the extractor, in a sentence: what a reader of a card asks first."""
+    """Whose knowledge of photos is in the extractor, in a sentence or two: what a reader of a card asks first."""
+    learnt = extractor.get("learnt_from_captions")
+    then = f" The extractor, {_value(learnt)}, then learned from captions as well." if learnt else ""
+    return _begun_with(extractor) + then
+
+
+def _begun_with(extractor: Mapping[str, Any]) -> str:
     teacher = extractor.get("distillation", {}).get("teacher")
     if teacher:
         return (
@@ -101,15 +118,22 @@ def where_from(extractor: Mapping[str, Any]) -> str:
 def _scores(facts: CardFacts) -> Iterator[str]:
     yield "## Scores"
     yield ""
-    rows = {split: record for split, record in facts.scores.items() if isinstance(record, Mapping)}
-    if not rows:
+    own, teachers = (
+        {split: record for split, record in scores.items() if isinstance(record, Mapping)}
+        for scores in (facts.scores, facts.teacher_scores)
+    )
+    if not own:
         yield "This checkpoint has not been evaluated."
         return
+    rows = {**own, **{f"{split}, the teacher's captioner": record for split, record in teachers.items()}}
     columns = list(dict.fromkeys(name for record in rows.values() for name in record))
     yield from _table(
         ["split", *(_words(name) for name in columns)],
         [[split, *(_value(record.get(name, "")) for name in columns)] for split, record in rows.items()],
     )
+    if teachers:
+        yield ""
+        yield "The teacher's captioner is trained on the very grid that this model's extractor learned to reproduce."
     yield ""
     yield (
         "CIDEr from 0 to 10, the other scores in percent, all as the COCO caption evaluation computes them (its "
@@ -220,6 +244,10 @@ def _use(facts: CardFacts) -> Iterator[str]:
     )
     yield ""
     yield f"Licence of the weights: {facts.license}"
+
+
+def _notes(facts: CardFacts) -> Iterator[str]:
+    yield facts.notes.strip()
 
 
 def _versions(facts: CardFacts) -> Iterator[str]:

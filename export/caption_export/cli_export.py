@@ -16,6 +16,7 @@ from caption_rt.errors import printable
 from caption_rt.manifest import PRECISIONS
 from caption_train.console import quiet_stderr
 from caption_train.datasets import load_dataset, photos_in
+from caption_train.files import read_json
 
 if TYPE_CHECKING:
     from caption_export.parity import Report
@@ -50,6 +51,17 @@ _REDUCING = (
 @click.option("--name", help="Short name of the model; the name of OUT if not given.")
 @click.option("--license", "license_", default="not stated", help="Licence of the weights: SPDX, or a sentence.")
 @click.option("--description", default="", help="What it is, in a sentence or two.")
+@click.option(
+    "--teacher",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Run of a captioner on the grid that RUN's extractor was distilled from: its scores stand in the model card.",
+)
+@click.option(
+    "--notes",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    callback=lambda context, parameter, path: _text(path),
+    help="Markdown for the model card, with headings: what the model is bad at, say.",
+)
 @click.option("--beam", type=click.IntRange(1, 1000), default=1, help="The bundle's default beam size; 1 is greedy.")
 @click.option("--length-penalty", type=click.FloatRange(0), default=0.0, help="The bundle's default.")
 @click.option(
@@ -108,6 +120,8 @@ def export(
     name: str | None,
     license_: str,
     description: str,
+    teacher: Path | None,
+    notes: str,
     beam: int,
     length_penalty: float,
     overwrite: bool,
@@ -125,7 +139,7 @@ def export(
         raise click.UsageError(f"{reduced[0]} is scored on photos with captions: name them with --dataset")
     with quiet_stderr():
         from caption_export.exporting import export_bundle
-        from caption_train.runs import open_run
+        from caption_train.runs import SCORES, open_run
     if len(paths) < limit_photos:
         logger.warning("only %d photos are in %s: more of them find more", len(paths), printable(photos))
     found = export_bundle(
@@ -135,6 +149,8 @@ def export(
         name=name or out.resolve().name,
         license=license_,
         description=description,
+        teacher_scores=read_json(teacher / SCORES) if teacher is not None else None,
+        notes=notes,
         beam_size=beam,
         length_penalty=length_penalty,
         overwrite=overwrite,
@@ -146,6 +162,18 @@ def export(
         for line in _summary(report):
             echo(line)
     echo(f"\n{printable(out)}")
+
+
+def _text(path: Path | None) -> str:
+    """What a file of text says; nothing if there is none.
+
+    Raises:
+        click.BadParameter: It cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8") if path is not None else ""
+    except (OSError, UnicodeDecodeError) as exc:
+        raise click.BadParameter(f"{printable(path)} cannot be read as UTF-8: {exc}") from exc
 
 
 def _check_needed(context: click.Context, reduced: tuple[str, ...]) -> None:

@@ -52,6 +52,8 @@ def export_bundle(
     name: str,
     license: str,
     description: str = "",
+    teacher_scores: Mapping[str, Any] | None = None,
+    notes: str = "",
     beam_size: int = 1,
     length_penalty: float = 0.0,
     overwrite: bool = False,
@@ -70,6 +72,8 @@ def export_bundle(
         name: Short name of the model.
         license: Licence of the weights: an SPDX identifier or a sentence.
         description: A sentence or two; made from the training facts if empty.
+        teacher_scores: Scores by split of the teacher's captioner, to stand beside the run's own in the model card.
+        notes: Markdown for the model card, such as what the model is bad at.
         beam_size: The bundle's default; 1 is greedy.
         length_penalty: The bundle's default; see `caption_rt.options.DecodeOptions`.
         overwrite: Replace a bundle that is there.
@@ -111,6 +115,8 @@ def export_bundle(
         decoding=default,
         training=run.facts,
         scores=scores,
+        teacher_scores=teacher_scores or {},
+        notes=notes,
         versions=versions,
         verification=verification,
     )

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -63,8 +64,10 @@ def test_options_reach_the_export(call, run_folder, photos, tmp_path, monkeypatc
         raise ExportError("seen enough")
 
     monkeypatch.setattr(exporting, "export_bundle", export_bundle)
+    (tmp_path / "notes.md").write_text("## What it is bad at\n\nNaïve cats.\n", encoding="utf-8")
     options = ("--limit-photos", 2, "--checkpoint", "last", "--beam", 5, "--length-penalty", 0.5, "--overwrite")
-    call(run_folder, tmp_path / "out", "--photos", photos[0].parent, *options, "--description", "D.")
+    told = ("--description", "D.", "--teacher", run_folder, "--notes", tmp_path / "notes.md")
+    call(run_folder, tmp_path / "out", "--photos", photos[0].parent, *options, *told)
     assert seen.pop("run").facts["checkpoint"] == {"which": "last", "step": 30}
     assert [path.name for path in seen.pop("paths")] == ["astronaut.jpg", "chelsea.jpg"]
     assert seen == {
@@ -72,12 +75,24 @@ def test_options_reach_the_export(call, run_folder, photos, tmp_path, monkeypatc
         "name": "out",
         "license": "not stated",
         "description": "D.",
+        "teacher_scores": json.loads((run_folder / "scores.json").read_text()),
+        "notes": "## What it is bad at\n\nNaïve cats.\n",
         "beam_size": 5,
         "length_penalty": 0.5,
         "overwrite": True,
         "fp32": True,
         "reduction": None,
     }
+
+
+def test_notes_that_are_no_text_and_a_teacher_without_scores(call, run_folder, photos, tmp_path):
+    (tmp_path / "notes.md").write_bytes(b"caf\xe9")
+    arguments = (run_folder, tmp_path / "out", "--photos", photos[0].parent)
+    result = call(*arguments, "--notes", tmp_path / "notes.md")
+    assert (result.exit_code, "notes.md cannot be read as UTF-8" in result.stderr) == (2, True)
+    result = call(*arguments, "--teacher", tmp_path)
+    assert (result.exit_code, f"{tmp_path} is no run folder: it has no scores.json" in result.stderr) == (7, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_extra_it_says_what_to_install(photos, tmp_path):

@@ -213,10 +213,29 @@ def test_without_a_readable_photo_there_is_no_export(run, tmp_path):
             "No pretrained weight is in it",
         ),
         ({}, "does not state"),
+        (
+            {"weights": "student", "learnt_from_captions": "from stage2 on"},
+            "learned from captions. The extractor, from stage2 on, then learned from captions as well.",
+        ),
     ],
 )
 def test_the_card_says_where_the_extractor_comes_from(extractor, said):
     assert said in where_from(extractor)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_card_has_the_teachers_scores_and_its_makers_notes(run, photos, tmp_path):
+    distilled = {"layer": "stage3", "weights": "student", "distillation": {"teacher": {"weights": "b", "layer": "m"}}}
+    described = replace(run, facts={**run.facts, "extractor": distilled})
+    told = {"teacher_scores": {"validation": {"CIDEr": 0.7654}}, "notes": "\n## What it is bad at\n\nCats.\n\n"}
+    export_bundle(described, photos[:1], tmp_path / "out", **FACTS, **told)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "(the output of stage3 of a small residual network)" in card
+    assert "InceptionV3's topology" not in card
+    rows = [line for line in card.splitlines() if line.startswith("| validation")]
+    assert [row.split(" | ")[0] for row in rows] == ["| validation", "| validation, the teacher's captioner"]
+    assert ["0.4321" in rows[0], "0.7654" in rows[1]] == [True, True]
+    assert "Licence of the weights: CC0-1.0\n\n## What it is bad at\n\nCats.\n\n## Made with\n" in card
 
 
 def test_scores_of_another_checkpoint_are_left_out(run):

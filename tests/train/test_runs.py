@@ -330,7 +330,8 @@ def test_a_run_starts_from_another_one(run: Path, dataset: Dataset, cache: Path,
     assert run_settings(folder) == expected
     record = json.loads((folder / "run.json").read_text())
     step = before.facts["checkpoint"]["step"]
-    assert record["start_from"] == {"run": "first", "step": step}
+    differed = {"model.dropout": 0.0, "training.epochs": 24, "training.learning_rate": 0.02}
+    assert record["start_from"] == {"run": "first", "step": step, "settings": differed}
     assert record["extractor"] == before.facts["extractor"]
     shutil.rmtree(first)  # the run has its own copy
     trainer = trainer_of(folder, dataset, cache)
@@ -344,7 +345,7 @@ def test_a_run_starts_from_another_one(run: Path, dataset: Dataset, cache: Path,
     start_run(again, dataset, choices=CHOICES, config="paper", start_from=folder)
     assert run_settings(again).training == load_settings("paper").training
     assert run_settings(again).model == replace(expected.model, dropout=0.5)
-    assert json.loads((again / "run.json").read_text())["start_from"]["start_from"] == {"run": "first", "step": step}
+    assert json.loads((again / "run.json").read_text())["start_from"]["start_from"] == record["start_from"]
     with pytest.raises(
         OptionsError, match=r"model\.units is 32 in .*second, so it is in a run that starts from there: not"
     ):

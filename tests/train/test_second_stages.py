@@ -186,6 +186,22 @@ def test_self_critical_training(tuned: Path, critical: Path) -> None:
     assert weights_key(open_run(critical).extractor) == weights_key(open_run(tuned).extractor)
 
 
+def test_what_is_known_of_a_run_goes_back_to_the_first_stage(base: Path, tuned: Path, critical: Path) -> None:
+    """A bundle of the last stage states its extractor as it is, and how every stage was trained."""
+    facts = open_run(critical).facts
+    assert facts["extractor"]["sha256"] == weights_key(load_extractor(critical)[0])
+    assert facts["extractor"]["sha256"] != open_run(base).facts["extractor"]["sha256"]
+    assert facts["extractor"]["learnt_from_captions"] == "from mixed1 on"
+    assert "learnt_from_captions" not in open_run(base).facts["extractor"]
+    before = facts["start_from"]
+    assert (before["run"], before["step"]) == ("tuned", open_run(tuned).facts["checkpoint"]["step"])
+    assert before["settings"]["training.objective"] == "cross_entropy"
+    assert before["settings"]["extractor.trainable_from"] == "mixed1"
+    assert before["start_from"]["run"] == "base"
+    assert before["start_from"]["settings"]["training.learning_rate"] == 0.02
+    assert "training.seed" not in before["settings"]
+
+
 @pytest.mark.slow
 def test_a_stopped_self_critical_training_goes_on_as_if_nothing_had_been(
     place: Path, tuned: Path, critical: Path, tmp_path: Path

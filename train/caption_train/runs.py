@@ -46,8 +46,7 @@ from caption_train.validation import search_captions
 
 logger = logging.getLogger(__name__)
 
-RUN, SETTINGS, VOCABULARY = "run.json", "settings.toml", "vocabulary.json"
-_SCORES = "scores.json"
+RUN, SETTINGS, VOCABULARY, SCORES = "run.json", "settings.toml", "vocabulary.json", "scores.json"
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ class Run:
     settings: Settings
     """How it was trained."""
     facts: Mapping[str, Any]
-    """How and on what it was trained: ``run.json``, the settings by sections, and which checkpoint this is."""
+    """How and on what it was trained: ``run.json``, with what this checkpoint's extractor is; the settings by sections;
+    which checkpoint this is."""
     scores: Mapping[str, Any]
     """``scores.json``; empty before the first evaluation."""
 
@@ -152,8 +152,11 @@ def open_run(folder: Path, which: str = BEST) -> Run:
         parts["extractor"] = upper_part(extractor, block)
     read_checkpoint(path, parts)
     sections = {name: values for name, values in settings.as_dict().items() if name not in record}
-    facts = {**record, **sections, "checkpoint": {"which": which, "step": int(step)}}
-    scores = read_json(folder / _SCORES) if (folder / _SCORES).exists() else {}
+    extractor_facts = {**record["extractor"], "sha256": weights_key(extractor)}
+    if block is not None:
+        extractor_facts["learnt_from_captions"] = f"from {block} on"
+    facts = {**record, "extractor": extractor_facts, **sections, "checkpoint": {"which": which, "step": int(step)}}
+    scores = read_json(folder / SCORES) if (folder / SCORES).exists() else {}
     return Run(folder, extractor, extractor_config, model, vocabulary, settings, facts, scores)
 
 
@@ -218,7 +221,7 @@ def record_scores(
     own = run.facts["dataset"]
     if any(own.get(name) != value for name, value in counts(dataset).items()):
         return False
-    path = run.folder / _SCORES
+    path = run.folder / SCORES
     scores = read_json(path) if path.exists() else {}
     scores[split] = {
         "photos": len(evaluation.images),

@@ -119,7 +119,7 @@ def start_run(
         begun = open_run(start_from)
         settings = _settings_from(begun, config, changes)
         _check_learns(settings, begun.extractor_config)
-        record = {**data, "extractor": begun.facts["extractor"], "start_from": _start_facts(begun)}
+        record = {**data, "extractor": begun.facts["extractor"], "start_from": _start_facts(begun, settings)}
         _write_start(folder, begun)
     write_text(folder / SETTINGS, render(settings, config or "default"))
     write_json(folder / RUN, record)  # last: a folder with it is a run
@@ -203,10 +203,16 @@ def _settings_from(begun: Run, config: str | None, changes: Sequence[str]) -> Se
     return begun.settings.changed({key: value for key, value in asked.items() if key not in _OF_THE_WEIGHTS})
 
 
-def _start_facts(begun: Run) -> dict[str, Any]:
-    """Where a run begins that starts from another one; with where that one began."""
-    before = begun.facts.get("start_from")
-    facts = {"run": begun.folder.resolve().name, "step": begun.facts["checkpoint"]["step"]}
+def _start_facts(begun: Run, settings: Settings) -> dict[str, Any]:
+    """Where a run begins that starts from another one, and what was set otherwise there; with where that one began."""
+    now, before = settings.as_dict(), begun.facts.get("start_from")
+    differed = {
+        f"{section}.{name}": value
+        for section, values in begun.settings.as_dict().items()
+        for name, value in values.items()
+        if value != now[section][name]
+    }
+    facts = {"run": begun.folder.resolve().name, "step": begun.facts["checkpoint"]["step"], "settings": differed}
     return facts | ({"start_from": before} if before else {})
 
 
