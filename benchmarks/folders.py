@@ -78,12 +78,12 @@ def measure(path: str, small: Path, large: Path, arguments: argparse.Namespace) 
     bundle = Bundle.open(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = usable_cpus()
-    graph = bundle.read(bundle.manifest.precisions["fp32"]["extractor"].file)
+    captioner = Captioner.load(path, "cpu")
+    graph = bundle.read(bundle.manifest.precisions[captioner.precision]["extractor"].file)
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     size = bundle.manifest.image.size
     names = sorted(small.iterdir())[: arguments.photos]
     images = np.stack([read_photo(name, size) for name in names])
-    captioner = Captioner.load(path, "cpu")
     words = DecodeOptions(max_words=12, guard=False)
     settings = BatchSettings(batch_size=arguments.batch_size, workers=arguments.workers)
     bare: dict[int, list[float]] = {batch_size: [] for batch_size in (1, 4, 8, 16, 32)}
@@ -94,7 +94,8 @@ def measure(path: str, small: Path, large: Path, arguments: argparse.Namespace) 
         for (_, rates), folder in zip(runs.items(), (small, large), strict=True):
             rates.append(run_rate(captioner, folder, words, settings))
     best, rate = max(((size, statistics.median(rates)) for size, rates in bare.items()), key=lambda pair: pair[1])
-    print(f"{bundle.manifest.name}: the bare extractor at its best batch size, {best}: {rate:.1f} photos/s")
+    name = f"{bundle.manifest.name}, {captioner.precision}"
+    print(f"{name}: the bare extractor at its best batch size, {best}: {rate:.1f} photos/s")
     for (name, rates), folder in zip(runs.items(), (small, large), strict=True):
         start = time.perf_counter()
         some = sorted(folder.iterdir())[:20]

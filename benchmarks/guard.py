@@ -82,9 +82,10 @@ def scores(bundle: str | None, photos: list[Path], file: Path) -> None:
             captions = captioner.caption_many(photos, options)
             found = {photo.name: caption.text for photo, caption in zip(photos, captions, strict=True)}
             score = score_captions(found, references)
+            bleu = " / ".join(f"{score[f'BLEU-{n}']:.1f}" for n in range(1, 5))
             print(
-                f"  beam of {beam_size}, {'with' if guard else 'without'} the guard: "
-                f"BLEU-4 {score['BLEU-4']:.1f}, CIDEr {score['CIDEr']:.3f}"
+                f"  {captioner.precision}, beam of {beam_size}, {'with' if guard else 'without'} the guard: "
+                f"BLEU-1 to 4 {bleu}, CIDEr {score['CIDEr']:.3f}"
             )
 
 

@@ -9,7 +9,8 @@ the search took. Prints ratios of medians to the bare extractor.
 
 The threads of a session as anybody would make it spin for some 30 ms after each run, and would slow down what is
 measured next. So each way is begun when they have stopped, is run once to be warm, and measured the second time; and
-the floor's own sessions, which would hinder one another, stop with their run as those of caption-rt do.
+the floor's own sessions, which would hinder one another, stop with their run as those of caption-rt do. All are in the
+precision that caption-rt takes by itself on this machine's processor.
 """
 
 import argparse
@@ -27,13 +28,13 @@ from caption_rt.image import read_photo
 from caption_rt.threads import usable_cpus
 
 
-def bare_session(bundle: Bundle, graph: str, *, stops: bool = False) -> onnxruntime.InferenceSession:
+def bare_session(bundle: Bundle, precision: str, graph: str, *, stops: bool = False) -> onnxruntime.InferenceSession:
     """A session as anybody would make it, with one thread a processor; or one whose threads stop with their run."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = usable_cpus()
     if stops:
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    data = bundle.read(bundle.manifest.precisions["fp32"][graph].file)
+    data = bundle.read(bundle.manifest.precisions[precision][graph].file)
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
@@ -50,10 +51,11 @@ def measure(path: str, photo: Path, runs: int, max_words: int) -> None:
     """Print the table of one bundle."""
     bundle = Bundle.open(path)
     size = bundle.manifest.image.size
-    bare_extractor = bare_session(bundle, "extractor")
-    sessions = {graph: bare_session(bundle, graph, stops=True) for graph in ("extractor", "encoder", "decoder")}
-    pixels = read_photo(photo, size)
     captioner = Captioner.load(path, "cpu")
+    precision = captioner.precision
+    bare_extractor = bare_session(bundle, precision, "extractor")
+    sessions = {name: bare_session(bundle, precision, name, stops=True) for name in ("extractor", "encoder", "decoder")}
+    pixels = read_photo(photo, size)
     greedy = DecodeOptions(max_words=max_words, guard=False)
     beam = DecodeOptions(max_words=max_words, beam_size=5, guard=False)
 
@@ -87,7 +89,7 @@ def measure(path: str, photo: Path, runs: int, max_words: int) -> None:
             times[name].append(seconds(work))
     medians = {name: statistics.median(values) for name, values in times.items()}
     bare = medians["bare extractor"]
-    print(f"{bundle.manifest.name}: {words[greedy]} words greedy, {words[beam]} with a beam; {runs} runs")
+    print(f"{bundle.manifest.name}, {precision}: {words[greedy]} words greedy, {words[beam]} with a beam; {runs} runs")
     for name, value in medians.items():
         print(f"  {name:18} {value * 1e3:7.2f} ms  {value / bare:5.2f} x the bare extractor")
 

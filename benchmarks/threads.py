@@ -21,6 +21,7 @@ import numpy as np
 import onnxruntime
 
 from caption_rt.bundle import Bundle, default_bundle_path
+from caption_rt.engine import Engine
 from caption_rt.threads import default_threads, worker_processors
 
 SHORT = {"session.intra_op.spin_duration_us": "10", "session.force_spinning_stop": "1"}
@@ -38,7 +39,7 @@ SETTINGS = {
 class Photo:
     """One photo through the three graphs of a bundle, with the sessions set one way."""
 
-    def __init__(self, bundle, settings, words):
+    def __init__(self, bundle, precision, settings, words):
         """Load the graphs."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = default_threads()
@@ -47,7 +48,7 @@ class Photo:
         self.words = words
         self.sessions = {
             name: onnxruntime.InferenceSession(bundle.read(spec.file), options, providers=["CPUExecutionProvider"])
-            for name, spec in bundle.manifest.precisions["fp32"].items()
+            for name, spec in bundle.manifest.precisions[precision].items()
         }
         size = bundle.manifest.image.size
         self.images = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
@@ -108,13 +109,15 @@ def main():
     parser.add_argument("--words", type=int, default=10)
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
-    photos = {name: Photo(bundle, settings, arguments.words) for name, settings in SETTINGS.items()}
+    precision = Engine(bundle, "cpu").precision  # what caption-rt takes by itself
+    photos = {name: Photo(bundle, precision, settings, arguments.words) for name, settings in SETTINGS.items()}
     with others(arguments.busy):
         medians = measure(photos, arguments.runs)
     own = next(iter(medians.values()))
     print(
-        f"{bundle.manifest.name}, one photo, {arguments.words} words, {default_threads()} threads, {arguments.busy} "
-        f"other processes busy, ONNX Runtime {onnxruntime.__version__}, medians of {arguments.runs} runs in turns"
+        f"{bundle.manifest.name}, {precision}, one photo, {arguments.words} words, {default_threads()} threads, "
+        f"{arguments.busy} other processes busy, ONNX Runtime {onnxruntime.__version__}, medians of {arguments.runs} "
+        "runs in turns"
     )
     print(f"{'threads spin':<44}{'median':>10}{'ratio':>8}{'processor time in an idle second':>36}")
     # The time is that of the whole process, spinning threads of other engines among it.

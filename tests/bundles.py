@@ -3,6 +3,17 @@
 import hashlib
 import json
 
+from caption_rt.manifest import PRECISIONS
+
+ONE_GRAPH_TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3, "int8": 2e-3}
+"""How far a word's log-probability of the one graph may be from caption-rt's, by precision: in fewer bits than 32 a CPU
+rounds where one graph ends and another begins, and the one graph has other ends."""
+
+
+def exactest_precision(bundle):
+    """Of the precisions that an open bundle has, the one nearest to float32, which `caption-export graph` takes."""
+    return next(name for name in PRECISIONS if name in bundle.manifest.precisions)
+
 
 def edit_manifest(folder, change):
     """Apply `change` to the manifest's object; what it states of the files stays as it is."""
