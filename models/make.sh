@@ -34,3 +34,7 @@ caption-export "$work/critical" "$here/default" --photos "$data/images" --datase
   --precision int8 --precision fp16 --name default --license Apache-2.0 --beam 3 --overwrite \
   --teacher "$work/teacher" --notes "$here/card.md" \
   --description "A small residual network and a GRU of 256 units, trained on Flickr8k from random initialisation"
+# What an export needs without any training: the run without its optimisers, and the teacher's scores.
+python "$here/keep.py" "$work/critical" "$here/checkpoints/default"
+mkdir -p "$here/checkpoints/teacher"
+cp "$work/teacher/scores.json" "$here/checkpoints/teacher/"

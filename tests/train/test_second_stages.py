@@ -23,6 +23,7 @@ from shapes import write_flickr8k
 
 pytestmark = pytest.mark.tf
 
+KEEP = Path(__file__).parents[2] / "models" / "keep.py"
 CHOICES = {"limit": None, "seed": 0, "validation_share": 0.2}
 BASE = (
     *("extractor.weights=none", "extractor.width=0.1", "extractor.size=75", "extractor.layer=mixed1"),
@@ -221,6 +222,23 @@ def test_a_stopped_self_critical_training_goes_on_as_if_nothing_had_been(
     assert losses(tmp_path / "run") == losses(critical)
     mine, theirs = (read_json_lines(folder / "steps.jsonl") for folder in (tmp_path / "run", critical))
     assert [row["reward"] for row in mine] == [row["reward"] for row in theirs]
+
+
+@pytest.mark.slow
+def test_what_is_kept_of_a_run_is_opened_like_it(tuned: Path, critical: Path, tmp_path: Path) -> None:
+    """models/keep.py: what is committed of the default model's run."""
+    for run in (tuned, critical):
+        out = tmp_path / run.name
+        command = [sys.executable, KEEP, run, out]
+        subprocess.run(list(map(str, command)), check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+        mine, theirs = open_run(out), open_run(run)
+        assert mine.facts == theirs.facts
+        assert mine.vocabulary == theirs.vocabulary
+        assert weights_key(mine.extractor) == weights_key(theirs.extractor)
+        for weight, wanted in zip(mine.model.get_weights(), theirs.model.get_weights(), strict=True):
+            np.testing.assert_array_equal(weight, wanted)
+        sizes = [sum(x.stat().st_size for x in (folder / "best").glob("*.data-*")) for folder in (out, run)]
+        assert sizes[0] < 0.5 * sizes[1]  # Adam has two numbers a weight
 
 
 @pytest.mark.parametrize("block", ["mixed2", "mixed0", "conv_1"])
