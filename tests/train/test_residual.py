@@ -14,6 +14,7 @@ from caption_train.inception import (
     save_extractor,
     weights_key,
 )
+from caption_train.residual import BatchNormalization
 
 pytestmark = pytest.mark.tf
 
@@ -88,3 +89,28 @@ def test_an_untrained_grid_tells_photos_apart() -> None:
     grids = np.asarray(extractor(np.random.default_rng(0).integers(0, 255, (4, 224, 224, 3), np.uint8)))
     assert grids.std(0).mean() > 0.05
     assert np.isfinite(grids).all()
+
+
+def test_fused_normalisation_is_keras_own() -> None:
+    x = tf.random.stateless_normal((3, 5, 4, 6), seed=(1, 2), mean=0.5)
+    upstream = tf.random.stateless_normal(x.shape, seed=(3, 4))
+    layers = [
+        kind(scale=False, epsilon=1e-3, momentum=0.9) for kind in (keras.layers.BatchNormalization, BatchNormalization)
+    ]
+    found = []
+    for layer in layers:
+        layer.build(x.shape)
+        layer.beta.assign(np.linspace(-1, 1, 6))
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+            gradients = tape.gradient(y, [x, layer.beta.value], upstream)
+        in_use = layer(x, training=False)
+        layer.trainable = False  # fine-tuning leaves the statistics as they are
+        found.append([y, *gradients, layer.moving_mean, layer.moving_variance, in_use, layer(x, training=True)])
+    assert {layer.__class__.__name__ for layer in layers} == {
+        "BatchNormalization"
+    }  # files of weights know layers by it
+    assert not np.allclose(found[0][0], found[0][-1])
+    for keras_own, fused in zip(*found, strict=True):
+        np.testing.assert_allclose(np.asarray(fused), np.asarray(keras_own), rtol=1e-5, atol=1e-6)
