@@ -53,13 +53,12 @@ _REDUCING = (
 @click.option("--description", default="", help="What it is, in a sentence or two.")
 @click.option(
     "--teacher",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=click.Path(file_okay=False, path_type=Path),
     help="Run of a captioner on the grid that RUN's extractor was distilled from: its scores stand in the model card.",
 )
 @click.option(
     "--notes",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    callback=lambda context, parameter, path: _text(path),
+    type=click.Path(dir_okay=False, path_type=Path),
     help="Markdown for the model card, with headings: what the model is bad at, say.",
 )
 @click.option("--beam", type=click.IntRange(1, 1000), default=1, help="The bundle's default beam size; 1 is greedy.")
@@ -121,7 +120,7 @@ def export(
     license_: str,
     description: str,
     teacher: Path | None,
-    notes: str,
+    notes: Path | None,
     beam: int,
     length_penalty: float,
     overwrite: bool,
@@ -132,7 +131,7 @@ def export(
     Nothing is written where ONNX Runtime does not give what TensorFlow gives: names, shapes and values of each graph,
     and the words of every photo, greedy and with a beam; or where fp16 or int8 loses more than it may.
     """
-    paths = photos_in(photos)[:limit_photos]
+    paths, said = photos_in(photos)[:limit_photos], _text(notes)
     reduced = tuple(name for name in PRECISIONS if name in reducing["precisions"] and name != "fp32")
     _check_needed(context, reduced)
     if reduced and reducing["dataset"] is None:
@@ -150,7 +149,7 @@ def export(
         license=license_,
         description=description,
         teacher_scores=read_json(teacher / SCORES) if teacher is not None else None,
-        notes=notes,
+        notes=said,
         beam_size=beam,
         length_penalty=length_penalty,
         overwrite=overwrite,
