@@ -18,9 +18,12 @@ def main() -> int:
 
 def _run() -> int:
     try:
-        from caption_rt.cli import main as run
+        from caption_rt.ctrl_c import hearing
 
-        return run()
+        with hearing():
+            from caption_rt.cli import main as run
+
+            return run()
     except ModuleNotFoundError as exc:
         if (exc.name or "").startswith("caption_"):  # not a missing package but a mistake of ours
             raise

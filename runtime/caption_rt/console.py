@@ -2,15 +2,13 @@
 
 import contextlib
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Mapping, Sequence
 
 import click
 
+from caption_rt import ctrl_c
 from caption_rt.errors import CaptionError, OptionsError, printable, remedy_of
 
 __all__ = ["complain", "echo", "run_command", "say"]
@@ -53,14 +51,13 @@ def run_command(
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
-    heard: list[int] = []
     try:
-        with _hearing_ctrl_c(heard):
+        with ctrl_c.hearing():
             code = command.main(None if arguments is None else list(arguments), name, standalone_mode=False)
             sys.stdout.flush()
             return int(code or 0)
     except CaptionError as exc:
-        if heard and isinstance(exc.__cause__, ImportError):
+        if ctrl_c.has_come() and isinstance(exc.__cause__, ImportError):
             complain(name, interrupted)
             return _INTERRUPTED
         complain(name, str(exc.renamed(names or {})))
@@ -73,7 +70,7 @@ def run_command(
         complain(name, interrupted)
         return _INTERRUPTED
     except ImportError as exc:
-        if heard:
+        if ctrl_c.has_come():
             complain(name, interrupted)
             return _INTERRUPTED
         if not isinstance(exc, ModuleNotFoundError):
@@ -91,31 +88,6 @@ def run_command(
         remedy = remedy_of(exc)
         complain(name, f"{exc.filename or 'the output cannot be written'}: {reason}{remedy and ': '}{remedy}")
         return CaptionError.exit_code
-
-
-@contextlib.contextmanager
-def _hearing_ctrl_c(heard: list[int]) -> Iterator[None]:
-    """Note that Ctrl-C came, beside raising KeyboardInterrupt for it.
-
-    Modules written in C report whatever ends their initialisation as an ImportError: NumPy and ONNX Runtime do, and one
-    of them forgets why.
-    """
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        heard.append(number)
-        raise KeyboardInterrupt
-
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if ours:
-        signal.signal(signal.SIGINT, hear)
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def say(name: str, message: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from caption_rt import ctrl_c
 from caption_rt.command_options import OPTION_NAMES, decode_options
 from caption_rt.console import complain, echo, say
 from caption_rt.errors import CaptionError, ImageError, OptionsError, printable
@@ -141,6 +142,7 @@ class _Run:
         shown = self._many and sys.stderr.isatty() and not (request.output is None and sys.stdout.isatty())
         total = self._count() if shown else None
         stopped = self._interrupts.is_stopped
+        ctrl_c.check()  # all that begins a run is imported now
         with self._interrupts, Bar(total, shown=shown) as bar:
             for finished in caption_sources(
                 sources, self._captioner, self._options, output, settings, names=OPTION_NAMES, stopped=stopped

@@ -311,6 +311,28 @@ def test_ctrl_c_in_the_first_moments_is_one_sentence(tiny_bundle, photos):
         assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("module", ["caption_rt.request", "onnxruntime", "caption_rt.batch"])
+def test_ctrl_c_that_python_loses_ends_the_run_all_the_same(tiny_bundle, photos, module):
+    """What is raised while Python clears something away goes no further, such as in an import's last moments."""
+    code = f"""
+import os, signal, sys
+class Lost:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            Lost()
+sys.meta_path.insert(0, Finder())
+from caption_rt.__main__ import main
+sys.exit(main())
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", code, "--model", tiny_bundle, photos[2]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "caption-rt: error: interrupted")
+
+
 def test_the_script_and_the_module_begin_where_ctrl_c_is_heard():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert settings["project"]["scripts"]["caption-rt"] == "caption_rt.__main__:main"
