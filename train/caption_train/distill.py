@@ -248,9 +248,9 @@ class Distillation:
     @tf.function(autograph=False)
     def _train_step(self, photos: tf.Tensor, grids: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         target = self._scale.target(grids, self.teacher.grid_shape)
-        photos, target = _flip(tf.cast(photos, tf.float32), target, seed)
+        photos, target = _flip(photos, target, seed)
         with tf.GradientTape() as tape:
-            prediction = self.head(self.student(photos, training=True), training=True)
+            prediction = self.head(self.student(tf.cast(photos, tf.float32), training=True), training=True)
             at_places, of_means = self._scale.errors(prediction, target)
             loss = at_places + of_means
         self.optimizer.apply(tape.gradient(loss, self._variables), self._variables)
@@ -417,12 +417,12 @@ def _flip(photos: tf.Tensor, target: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Ten
     """Flip every other photo together with its grid.
 
     Args:
-        photos: float32 [n, S, S, 3] in 0..255.
+        photos: uint8 [n, S, S, 3].
         target: float32 [n, rows, columns, C].
         seed: int32 [2]; the same seed draws the same.
     """
     flip = tf.random.stateless_uniform((tf.shape(photos)[0], 1, 1, 1), seed) < 0.5
-    return tf.where(flip, photos[:, :, ::-1], photos), tf.where(flip, target[:, :, ::-1], target)
+    return tf.where(flip, tf.reverse(photos, [2]), photos), tf.where(flip, tf.reverse(target, [2]), target)
 
 
 def run_distillation(
