@@ -189,7 +189,7 @@ def test_photos_of_coco_get_the_same_words(default, shared, beam):
     captions = captioner.caption_pixels(pixels, options)
     assert_same(run(session, pixels), captions, bundle.vocabulary.pad_id, ONE_GRAPH_TOLERANCES[captioner.precision])
     # At their own sizes, resized in the graph: here and there a value is 1 of 255 off, and of two words that are as
-    # likely the other one may come. With the default bundle it is none of the greedy captions and one with a beam.
+    # likely the other one may come.
     whole = [tuple(run(session, [np.asarray(open_photo(path))])["tokens"][0]) for path in paths]
     equal = sum(tokens == caption.tokens for tokens, caption in zip(whole, captions, strict=True))
     assert equal >= 28
