@@ -29,6 +29,7 @@ def forty_photos(flickr8k: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.tf
 @pytest.mark.data
 @pytest.mark.skipif(os.name != "posix", reason="a script of the shell")
