@@ -91,8 +91,9 @@ def test_an_untrained_grid_tells_photos_apart() -> None:
     assert np.isfinite(grids).all()
 
 
-def test_fused_normalisation_is_keras_own() -> None:
-    x = tf.random.stateless_normal((3, 5, 4, 6), seed=(1, 2), mean=0.5)
+@pytest.mark.parametrize("channels", [6, 16, 48])
+def test_fused_normalisation_is_keras_own(channels: int) -> None:
+    x = tf.random.stateless_normal((3, 5, 4, channels), seed=(1, 2), mean=0.5)
     upstream = tf.random.stateless_normal(x.shape, seed=(3, 4))
     layers = [
         kind(scale=False, epsilon=1e-3, momentum=0.9) for kind in (keras.layers.BatchNormalization, BatchNormalization)
@@ -100,7 +101,7 @@ def test_fused_normalisation_is_keras_own() -> None:
     found = []
     for layer in layers:
         layer.build(x.shape)
-        layer.beta.assign(np.linspace(-1, 1, 6))
+        layer.beta.assign(np.linspace(-1, 1, channels))
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = layer(x, training=True)

@@ -26,6 +26,7 @@ _CHANNELS = (64, 128, 384)
 _BOTTLENECK = 128  # channels of the last stage's 3x3 convolutions
 _SHRINK = 8  # of the three stages together
 BATCH_NORM_EPSILON = 1e-3
+_FUSED_CHANNELS = 16
 
 
 def scaled_filters(filters: int, width: float) -> int:
@@ -57,13 +58,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
     """Keras' batch normalisation (Ioffe and Szegedy 2015) with TensorFlow's kernel for it in training.
 
     Keras makes it of a dozen operations, each of which goes over all values, and its gradient of more: without them a
-    step of the small network takes half the time. The numbers are the same but for rounding. In use, and where the
-    statistics are frozen, it is Keras' own; the class has the same name because files of weights know layers by it.
+    step of the small network takes half the time. The numbers are the same but for rounding. In use, where the
+    statistics are frozen, and where channels do not come in sixteens, it is Keras' own; the class has the same name
+    because files of weights know layers by it.
     """
 
     def call(self, inputs: tf.Tensor, training: bool | None = None, mask: tf.Tensor | None = None) -> tf.Tensor:
         """Normalise [n, rows, columns, channels] over all but the channels; see `keras.layers.BatchNormalization`."""
-        if not (training and self.trainable):
+        # Of other numbers of channels oneDNN has but a reference implementation, half as fast as Keras' operations.
+        if not (training and self.trainable) or inputs.shape[-1] % _FUSED_CHANNELS:
             return super().call(inputs, training=training, mask=mask)
         offset = tf.convert_to_tensor(self.beta)
         nothing = tf.zeros((0,))
