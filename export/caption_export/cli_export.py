@@ -171,8 +171,10 @@ def _text(path: Path | None) -> str:
     """
     try:
         return path.read_text(encoding="utf-8") if path is not None else ""
-    except (OSError, UnicodeDecodeError) as exc:
-        raise click.BadParameter(f"{printable(path)} cannot be read as UTF-8: {exc}") from exc
+    except OSError as exc:
+        raise click.BadParameter(f"{printable(path)} cannot be read: {exc.strerror or exc}") from exc
+    except UnicodeDecodeError as exc:
+        raise click.BadParameter(f"{printable(path)} is not UTF-8: {exc}") from exc
 
 
 def _check_needed(context: click.Context, reduced: tuple[str, ...]) -> None:
