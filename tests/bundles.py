@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zipfile
 
 from caption_rt.manifest import PRECISIONS
 
@@ -38,3 +39,13 @@ def change_file(folder, name, change):
     data = json.loads((folder / name).read_text())
     change(data)
     replace_file(folder, name, json.dumps(data).encode())
+
+
+def zipped(folder, *, replaced=None, method=zipfile.ZIP_DEFLATED, more=()):
+    """The folder as a zip file; `replaced` and `more` are entries by their ZipInfo or name, with their bytes."""
+    path = folder.with_suffix(".zip")
+    entries = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in [*(entries | (replaced or {})).items(), *more]:
+            archive.writestr(name, data)
+    return path

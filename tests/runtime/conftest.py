@@ -3,13 +3,17 @@
 import importlib.util
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import onnxruntime
 import pytest
 
 from caption_rt import Bundle, Captioner, engine
+from caption_rt.cli import main
+from caption_rt.errors import BundleError
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +53,37 @@ def fresh_probe() -> Iterator[None]:
     engine.cuda_missing.cache_clear()
     yield
     engine.cuda_missing.cache_clear()
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of each session of ONNX Runtime that is made."""
+    made: list[tuple[Any, ...]] = []
+    real = onnxruntime.InferenceSession
+
+    def make(*arguments: Any, **options: Any) -> onnxruntime.InferenceSession:
+        made.append(arguments)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", make)
+    return made
+
+
+@pytest.fixture
+def refused(
+    sessions: list[tuple[Any, ...]], photos: list[Path], capfd: pytest.CaptureFixture[str]
+) -> Callable[[Path], str]:
+    """Open a bundle in both ways; gives the sentence that both refuse it with."""
+
+    def check(path: Path) -> str:
+        with pytest.raises(BundleError) as caught:
+            Captioner.load(path, "cpu")
+        sentence = str(caught.value)
+        assert sentence.isprintable()
+        assert main(["--model", str(path), "--device", "cpu", str(photos[0])]) == 3
+        printed = capfd.readouterr()
+        assert (printed.out, printed.err) == ("", f"caption-rt: error: {sentence}\n")
+        assert sessions == []
+        return sentence
+
+    return check

@@ -1,12 +1,16 @@
 """What the tests of the training package share."""
 
+import hashlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from coco_server import FILES, NAMES
+from web import FileServer
 
 # These import TensorFlow at their head. Without it they are left out, unless nothing may be (see tests/conftest.py).
 NEED_TENSORFLOW = [
@@ -47,3 +51,33 @@ def environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    """A web server that has a small MS-COCO."""
+    server = FileServer(dict(FILES))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def addresses(tmp_path: Path, server: FileServer) -> Callable[..., Path]:
+    """A file of addresses; what is left out of it, or changed, by keyword."""
+
+    def write(*, sizes: bool = True, checksums: bool = True, **changes: str) -> Path:
+        lines = [f'base = "{server.address}"']
+        for part, name in NAMES.items():
+            (path,) = [path for path in FILES if path.endswith(f"/{name}")]
+            data = server.files[path]
+            files = "annotations/captions_*2014.json" if part == "annotations" else f"{name[:-4]}/*.jpg"
+            lines += [f"[2014.{part}]", f'address = "{path[1:]}"', f'files = "{files}"']
+            lines += [f"bytes = {len(data)}"] if sizes else []
+            digest = changes.get(part, hashlib.sha256(data).hexdigest())
+            lines += [f'sha256 = "{digest}"'] if checksums else []
+        path = tmp_path / "addresses.toml"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return path
+
+    return write
