@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from caption_rt.errors import CaptionError, OptionsError, printable, remedy_of
 from caption_rt.ledger import SIDECARS, DamagedLedger, Ledger, NoLedger, Row, key_of
-from caption_rt.output_place import check_output, ledger_path, size_of, sync_folder
+from caption_rt.output_place import check_output, ledger_path, not_ours, size_of, sync_folder
 from caption_rt.outputs import Entry, Known, RunKey, digest_of
 from caption_rt.sources import Source
 from caption_rt.writers import LineWriter
@@ -202,12 +202,10 @@ class FileOutput:
                 os.truncate(self._path, 0)
             self._start(format_name, base=0)
         elif ours is None:
-            # The ledger was made just now, or by a process that ended before it wrote anything.
+            # A ledger that is there and empty: made just now, by a process that ended early, or by whoever named it.
             there = size_of(self._path)
             if there and self._existing != "append":
-                self._ledger.close()
-                ledger_path(self._path).unlink()
-                check_output(self._path, self._existing)
+                raise not_ours(self._path)
             self._start(format_name, base=self._adopt() if there else 0)
         elif ours != format_name:
             raise OptionsError(

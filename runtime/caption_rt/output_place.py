@@ -7,7 +7,7 @@ from pathlib import Path
 from caption_rt.errors import CaptionError, OptionsError, printable
 from caption_rt.ledger import check_ledger
 
-__all__ = ["check_output", "ledger_path", "size_of", "sync_folder"]
+__all__ = ["check_output", "ledger_path", "not_ours", "size_of", "sync_folder"]
 
 
 def check_output(path: Path, existing: str, ledger: Path | None = None) -> None:
@@ -34,10 +34,15 @@ def check_output(path: Path, existing: str, ledger: Path | None = None) -> None:
         )
     check_ledger(ledger or ledger_path(path))
     if existing in ("resume", "skip") and size_of(path) and not (ledger or ledger_path(path)).exists():
-        raise OptionsError(
-            f"the output {name} exists and was not written by caption-rt, or its ledger is gone: choose another, or "
-            "--existing append or overwrite"
-        )
+        raise not_ours(path)
+
+
+def not_ours(path: Path) -> OptionsError:
+    """The error of an output file that no ledger answers for."""
+    return OptionsError(
+        f"the output {printable(path)} exists and was not written by caption-rt, or its ledger is gone: choose "
+        "another, or --existing append or overwrite"
+    )
 
 
 def ledger_path(path: Path) -> Path:

@@ -141,6 +141,24 @@ def test_one_ledger_serves_one_output(tmp_path, monkeypatch):
             opened(other, existing)
 
 
+def test_an_empty_ledger_does_not_answer_for_an_output(tmp_path):
+    """The output and its own ledger stay as they are, and go on."""
+    out, own, empty = tmp_path / "out.jsonl", tmp_path / "out.jsonl.ledger", tmp_path / "empty"
+    written(out, entry("a"))
+    before = out.read_bytes(), own.read_bytes()
+    empty.touch()
+    for _ in range(2):
+        with pytest.raises(OptionsError, match="exists and was not written by caption-rt, or its ledger is gone"):
+            FileOutput(out, "lines", WRITER, "resume", KEY, empty)
+    assert (out.read_bytes(), own.read_bytes()) == before
+    written(out, entry("b"))
+    assert names(out) == ["a", "b"]
+    own.unlink()
+    with pytest.raises(OptionsError, match="exists and was not written by caption-rt, or its ledger is gone"):
+        FileOutput(out, "lines", WRITER, "resume", KEY, empty)
+    assert names(out) == ["a", "b"]
+
+
 def test_what_has_the_name_of_a_ledger_and_is_none(tmp_path, monkeypatch):
     """Beside the output it goes with it; what was named may be anything, and a database is always somebody's."""
     monkeypatch.chdir(tmp_path)
