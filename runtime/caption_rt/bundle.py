@@ -48,6 +48,7 @@ __all__ = [
     "ImageSpec",
     "Manifest",
     "TensorSpec",
+    "check_target",
     "copy_bundle",
     "default_bundle_path",
     "write_bundle",
@@ -310,7 +311,7 @@ def write_bundle(
         scores=scores,
         versions=versions,
     )
-    _check_target(target, overwrite)
+    check_target(target, overwrite=overwrite)
     try:
         text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as exc:
@@ -334,7 +335,7 @@ def copy_bundle(bundle: Bundle, folder: str | os.PathLike[str], *, overwrite: bo
         CaptionError: the files cannot be written.
     """
     target = Path(folder)
-    _check_target(target, overwrite)
+    check_target(target, overwrite=overwrite)
     return _place(target, ((name, bundle.read(name)) for name in (*sorted(bundle.manifest.files), MANIFEST_FILE)))
 
 
@@ -359,7 +360,16 @@ def _place(target: Path, files: Iterable[tuple[str, bytes]]) -> Bundle:
     return Bundle.open(target)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """See that nothing is lost where a bundle shall be; `write_bundle` and `copy_bundle` do so themselves.
+
+    Args:
+        target: the folder.
+        overwrite: whether a bundle that is already there is to be replaced.
+
+    Raises:
+        BundleError: there is already something: a bundle that is not to be replaced, or what is none.
+    """
     if not os.path.lexists(target):
         return
     if not overwrite:
