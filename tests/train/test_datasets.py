@@ -260,11 +260,12 @@ def test_load_dataset_on_something_else(tmp_path: Path, name: str, complaint: st
 
 
 def test_photos_in_a_folder_and_below(tmp_path: Path) -> None:
-    for name in ("b.jpg", "a/c.PNG", "a/b/d.jpeg", "a/notes.txt", ".hidden/e.jpg", ".f.jpg"):
+    taken = ("a/b/d.jpeg", "a/c.PNG", "b.jpg", "c.HEIC", "d.jfif")
+    for name in (*taken, "a/notes.txt", ".hidden/e.jpg", ".f.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
-    assert photos_in(tmp_path) == (tmp_path / "a/b/d.jpeg", tmp_path / "a/c.PNG", tmp_path / "b.jpg")
+    assert photos_in(tmp_path) == tuple(tmp_path / name for name in taken)
     with pytest.raises(DatasetError, match="no photo is in this folder"):
         photos_in(tmp_path / "empty")
     with pytest.raises(DatasetError, match="no such folder"):

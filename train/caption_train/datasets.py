@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from caption_rt._sniff import PHOTO_SUFFIXES
 from caption_train.assembling import Choices, assemble
 from caption_train.caption_text import read_text, text_lines
 from caption_train.captioned import CaptionedImage, CaptionFile, Dataset
@@ -26,8 +27,6 @@ from caption_train.json_sets import COCO_CAPTIONS, read_coco_folder, read_json_s
 from caption_train.table_sets import TABLES, read_table
 
 __all__ = ["CaptionedImage", "Dataset", "load_dataset", "photos_in", "read_captions"]
-
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif"})
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _TEXT_SUFFIXES = (".txt", ".token")
@@ -124,7 +123,7 @@ def photos_in(folder: Path) -> tuple[Path, ...]:
         folder: Where to look. Links to folders are not followed.
 
     Returns:
-        The files whose suffix is one of `PHOTO_SUFFIXES`; their content is not looked at.
+        The files that have the ending of a photo, as `caption-rt` takes them; their content is not looked at.
 
     Raises:
         DatasetError: The folder is not there, or holds no photo.
