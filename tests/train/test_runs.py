@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -200,8 +202,14 @@ def test_a_kill_before_run_json_and_a_folder_that_lost_it(run: Path, dataset: Da
     assert weights_key(load_extractor(tmp_path / "new")[0]) == weights
     shutil.copytree(run, tmp_path / "lost")
     (tmp_path / "lost" / "run.json").unlink()
-    with pytest.raises(TrainingError, match=r"lost has vocabulary\.json but no run\.json: .*take another"):
+    with pytest.raises(TrainingError, match=r"lost has history\.jsonl but no run\.json: .*take another"):
         begin(tmp_path / "lost", dataset)
+    # Of a bundle, say.
+    (tmp_path / "other").mkdir()
+    shutil.copy(run / "vocabulary.json", tmp_path / "other")
+    for options in ({}, {"changes": (), "start_from": run}):
+        with pytest.raises(TrainingError, match=r"other has vocabulary\.json but no run\.json: .*take another"):
+            begin(tmp_path / "other", dataset, **options)
 
 
 def test_a_folder_of_weights_brings_its_own_extractor(dataset: Dataset, tmp_path: Path) -> None:
@@ -320,10 +328,30 @@ def test_a_checkpoint_of_other_sizes(run: Path, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_starts_from_another_one(run: Path, dataset: Dataset, cache: Path, tmp_path: Path) -> None:
-    first = tmp_path / "first"
-    shutil.copytree(run, first)
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C comes otherwise on Windows")
+def test_a_start_from_another_run_that_was_stopped_goes_on(
+    run: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "second"
+    with monkeypatch.context() as patch:
+        patch.setattr("caption_train.stages.write_text", lambda path, text: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            start_run(folder, dataset, choices=CHOICES, start_from=run)
+    assert (folder / "vocabulary.json").exists()
+    assert not (folder / "settings.toml").exists()
+    # Begun otherwise, it would have the other run's weights and words.
+    with pytest.raises(TrainingError, match=r"second has start but no run\.json: .*take another"):
+        begin(folder, dataset)
+    (folder / "vocabulary.json").write_text("{}")
+    start_run(folder, dataset, choices=CHOICES, start_from=run)
+    assert json.loads((folder / "vocabulary.json").read_text()) == json.loads((run / "vocabulary.json").read_text())
+    assert json.loads((folder / "run.json").read_text())["start_from"]["run"] == "run"
+
+
+def test_a_run_starts_from_another_one(run: Path, dataset: Dataset, cache: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first[1]"  # patterns that do not match themselves
+    shutil.copytree(run, first)
+    folder = tmp_path / "second[2]"
     changes = ("training.epochs=2", "training.learning_rate=0.001", "model.dropout=0.1")
     start_run(folder, dataset, choices=CHOICES, changes=changes, start_from=first)
     expected, before = load_settings(changes=[*CHANGES, *changes]), open_run(first)
@@ -331,7 +359,7 @@ def test_a_run_starts_from_another_one(run: Path, dataset: Dataset, cache: Path,
     record = json.loads((folder / "run.json").read_text())
     step = before.facts["checkpoint"]["step"]
     differed = {"model.dropout": 0.0, "training.epochs": 24, "training.learning_rate": 0.02}
-    assert record["start_from"] == {"run": "first", "step": step, "settings": differed}
+    assert record["start_from"] == {"run": "first[1]", "step": step, "settings": differed}
     assert record["extractor"] == before.facts["extractor"]
     shutil.rmtree(first)  # the run has its own copy
     trainer = trainer_of(folder, dataset, cache)
@@ -347,6 +375,6 @@ def test_a_run_starts_from_another_one(run: Path, dataset: Dataset, cache: Path,
     assert run_settings(again).model == replace(expected.model, dropout=0.5)
     assert json.loads((again / "run.json").read_text())["start_from"]["start_from"] == record["start_from"]
     with pytest.raises(
-        OptionsError, match=r"model\.units is 32 in .*second, so it is in a run that starts from there: not"
+        OptionsError, match=r"model\.units is 32 in .*second\[2\], so it is in a run that starts from there: not"
     ):
         start_run(tmp_path / "no", dataset, choices=CHOICES, changes=("model.units=9",), start_from=folder)

@@ -103,7 +103,9 @@ def start_run(
     data = {"dataset": {**counts(dataset), **choices}}
     if (folder / RUN).exists():
         return _go_on(folder, data, asked_for(config, changes), changes, start_from)
-    left = [name for name in (VOCABULARY, HISTORY, LAST, BEST) if (folder / name).exists()]
+    left = [name for name in (HISTORY, LAST, BEST, START, VOCABULARY) if (folder / name).exists()]
+    if start_from is not None and START in left:
+        left = [name for name in left if name not in (START, VOCABULARY)]  # of such a start that was killed
     if left:
         raise TrainingError(f"{folder} has {left[0]} but no {RUN}: what it was made with is not known; take another")
     record: dict[str, Any]
@@ -219,8 +221,8 @@ def _start_facts(begun: Run, settings: Settings) -> dict[str, Any]:
 def _write_start(folder: Path, begun: Run) -> None:
     """Copy what a run begins with out of another one, which is not needed afterwards."""
     save_extractor(begun.extractor, begun.extractor_config, folder)
-    write_json(folder / VOCABULARY, begun.vocabulary.to_json())
     Checkpoints(folder / START, 1, {"encoder": begun.model.encoder, "decoder": begun.model.decoder}).save(0)
+    write_json(folder / VOCABULARY, begun.vocabulary.to_json())  # after START, which tells whose it is
 
 
 def build_vocabulary(folder: Path, dataset: Dataset, settings: Settings) -> Vocabulary:
