@@ -24,6 +24,7 @@ from caption_rt.errors import ImageError, Parameter, printable, shown
 
 __all__ = [
     "FORMATS",
+    "READING",
     "ImageSource",
     "PhotoLimits",
     "open_photo",
@@ -93,6 +94,11 @@ class PhotoLimits:
 
 
 _LIMITS = PhotoLimits()
+
+
+READING = 2
+"""Which way `read_photo` reads: raised with every change of the pixels that it gives, so that grids which were kept of
+others are not taken for these (`caption_train.cache`). 2: decoded whole, in sRGB."""
 
 
 def read_photo(

@@ -1,5 +1,6 @@
 """Reading photos: the same pixels from every kind of source, and one sentence for every kind of damage."""
 
+import hashlib
 import importlib.util
 import io
 import os
@@ -15,7 +16,7 @@ from PIL import Image
 
 from caption_rt._sniff import PHOTO_SUFFIXES
 from caption_rt.errors import ImageError, OptionsError
-from caption_rt.image import FORMATS, PhotoLimits, open_photo, read_file, read_photo, to_pixels
+from caption_rt.image import FORMATS, READING, PhotoLimits, open_photo, read_file, read_photo, to_pixels
 from runtime.make_malformed_images import exif, gif_frame, heic, jpeg_of_scans, png, png_chunk
 
 # What undoes EXIF orientation n, told by where the stored image's top left corner belongs: an L of known pixels.
@@ -72,6 +73,29 @@ def test_a_file_and_its_bytes_are_read_in_two_steps_as_in_one(photos):
     data = read_file(photos[0])
     assert data == photos[0].read_bytes()
     np.testing.assert_array_equal(to_pixels(open_photo(data), 75), read_photo(photos[0], 75))
+
+
+def test_the_pixels_that_reading_gives_have_a_number():
+    """What `READING` stands for, by two photos that every decoder gives exactly.
+
+    A PNG is lossless, and a grey JPEG of flat blocks has no frequency whose rounding could differ between libjpegs;
+    half of its size would have other pixels. Orientation, alpha and resizing are Pillow's, in whole numbers.
+    """
+    y, x = np.indices((48, 64))
+    colours = np.stack([x * 4, y * 5, x * y % 256, 255 - (x + y) * 2 % 256], -1).astype(np.uint8)
+    blocks = np.kron((np.arange(48).reshape(6, 8) * 37 % 256).astype(np.uint8), np.ones((16, 16), np.uint8))
+    photos = [
+        encode(Image.fromarray(colours), "PNG", exif=exif(6)),
+        encode(Image.fromarray(blocks), "JPEG", quality=100),
+    ]
+    found = [hashlib.sha256(read_photo(data, 20).tobytes()).hexdigest() for data in photos]
+    assert (READING, found) == (
+        2,
+        [
+            "ac87f6364a81ff400e3b37e20668248eb367cb2140931d6bd8cc7f9910ec4a84",
+            "245847ca18aee7369581421c4822004f810fb4aeac94e750b4ddd5f1aa2eab59",
+        ],
+    ), "photos are read otherwise: raise READING in caption_rt/image.py, or caches give grids of other pixels"
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from caption_rt.image import READING
 from caption_train.captioned import CaptionedImage
 from caption_train.inception import ExtractorConfig, build_extractor, save_extractor
 from caption_train.runs import grids_of, open_cache
@@ -37,11 +38,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[CaptionedImage]:
     return found
 
 
-def test_weights_layer_and_size_are_the_key(tmp_path: Path, images: list[CaptionedImage]) -> None:
+def test_weights_layer_size_and_the_way_of_reading_are_the_key(
+    tmp_path: Path, images: list[CaptionedImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
     keras.utils.set_random_seed(0)
     first = build_extractor(TINY)
     keys = {open_cache(tmp_path, first, TINY).folder}
     rows = grids_of(open_cache(tmp_path, first, TINY), first, TINY, images[:4])
+    with monkeypatch.context() as patch:
+        patch.setattr("caption_train.runs.READING", READING + 1)
+        keys.add(open_cache(tmp_path, first, TINY).folder)
     for config in (replace(TINY, layer="mixed1"), replace(TINY, size=96)):
         keys.add(open_cache(tmp_path, build_extractor(config), config).folder)
     changed = first.get_layer("conv_3")
@@ -50,7 +56,7 @@ def test_weights_layer_and_size_are_the_key(tmp_path: Path, images: list[Caption
     changed.set_weights(weights)
     after = open_cache(tmp_path, first, TINY)
     keys.add(after.folder)
-    assert len(keys) == 4
+    assert len(keys) == 5
     assert (after.rows([image.path for image in images[:4]]) == -1).all()
     assert rows.tolist() == [0, 1, 2, 3]
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageEnhance
 
 from caption_rt.bundle import Bundle
 from caption_rt.engine import Engine
-from caption_rt.image import open_photo, read_photo
+from caption_rt.image import READING, open_photo, read_photo
 from caption_train.cache import ABSENT, Extract, GridCache
 from caption_train.errors import TrainingError
 from caption_train.inception import ExtractorConfig, build_extractor, extract_with, load_extractor_weights
@@ -181,7 +181,7 @@ class Teacher:
         return Views(number, tuple(photos[i] for i in readable), found[readable], cache)
 
     def _key(self, photos: Sequence[Path], number: int) -> str:
-        key = f"{json.dumps(self.facts, sort_keys=True)} {self._computes_in} view {number}"
+        key = f"{json.dumps(self.facts, sort_keys=True)} {self._computes_in} reading {READING} view {number}"
         if number == WHOLE:
             return key
         names = hashlib.sha256("\n".join(path.name for path in photos).encode()).hexdigest()

@@ -27,7 +27,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from caption_rt.errors import OptionsError
-from caption_rt.image import read_photo
+from caption_rt.image import READING, read_photo
 from caption_rt.options import DecodeOptions
 from caption_rt.strategies import Hypothesis
 from caption_rt.vocabulary import Vocabulary
@@ -115,7 +115,7 @@ def data_choices(folder: Path) -> dict[str, Any]:
 def open_cache(folder: Path, extractor: keras.Model, config: ExtractorConfig) -> GridCache:
     """The grid cache of an extractor: keyed by its weights, its configuration and the way photos are read."""
     rows, columns, channels = extractor.output_shape[1:]
-    key = json.dumps({"weights": weights_key(extractor), **asdict(config), "reading": "bilinear"}, sort_keys=True)
+    key = json.dumps({"weights": weights_key(extractor), **asdict(config), "reading": READING}, sort_keys=True)
     return GridCache.open(folder, key, (rows * columns, channels))
 
 
