@@ -53,7 +53,7 @@ def test_what_is_rendered_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "settings.toml"
     path.write_text(render(settings, "paper"), encoding="utf-8")
     assert read_settings(path) == settings
-    assert "# alpha-c of the authors' code" in path.read_text(encoding="utf-8")
+    assert "# Lambda of equation 14" in path.read_text(encoding="utf-8")
     path.write_text(render(settings, str(path)), encoding="utf-8")  # of a file of one's own: the default's comments
     assert read_settings(path) == settings
     path.write_text(render(settings).replace("units = 1800\n", ""), encoding="utf-8")
