@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,7 +153,10 @@ def test_the_run_captions_and_says_where_it_is_from(
     assert set(words) <= set(open_run(imported).vocabulary.words)
     assert plot.read_bytes()[:4] == b"\x89PNG"
     record = json.loads((imported / "run.json").read_text())
-    assert record["imported_from"] == {"checkpoint": "train", "tokenizer": "tokenizer.json"}
+    assert record["imported_from"] == {"checkpoint": "ckpt-1", "tokenizer": "tokenizer.json"}
+    facts = open_run(imported).facts
+    assert facts["model"]["recurrence"] == "reset"
+    assert not facts.keys() & {"training", "evaluation"}  # how it was trained is not known
 
 
 def test_several_photos_and_one_that_cannot_be_read(
@@ -191,6 +195,7 @@ def test_beams_and_samples_are_the_runtimes(
         (["{photo}", "{photo}", "{run}", "--plot", "a.png"], "--plot takes one photo"),
         (["{photo}", "{run}", "--plot", "a.txt"], "a plot's name ends in one of .png, .svg, .pdf, and a.txt does not"),
         (["{photo}", "{run}", "--plot", "gone/a.png"], "the folder gone of the plot does not exist: make it first"),
+        (["{photo}", "{run}", "--n-best", "3"], "JSON alone has more than one caption a photo: add --json to --n-best"),
         (["{photo}", "{run}", "--sample", "--top-p", "2"], "must be a number above 0 and at most 1, not 2.0"),
     ],
 )
@@ -204,9 +209,11 @@ def test_wrong_calls_of_caption_are_one_sentence(
     assert sentence in captured.err
 
 
-def test_a_prefix_and_a_file_name_a_checkpoint_too(theirs: Theirs) -> None:
+def test_a_prefix_and_a_file_name_a_checkpoint_too(theirs: Theirs, tmp_path: Path) -> None:
+    shutil.copytree(theirs.folder, tmp_path / "train[1]")  # a pattern that does not match itself
     named = [theirs.folder / name for name in ("ckpt-1", "ckpt-1.index", "ckpt-1.data-00000-of-00001")]
-    weights = [read_tutorial(path, theirs.tokenizer).weights["encoder/fc/kernel"] for path in (theirs.folder, *named)]
+    paths = (theirs.folder, tmp_path / "train[1]", *named)
+    weights = [read_tutorial(path, theirs.tokenizer).weights["encoder/fc/kernel"] for path in paths]
     assert all(np.array_equal(weights[0], other) for other in weights[1:])
 
 
@@ -276,6 +283,10 @@ def test_the_names_of_keras_2(theirs: Theirs, tmp_path: Path) -> None:
         (
             lambda values: values.update({"encoder/fc/kernel": np.zeros(CHANNELS, np.float32)}),
             r"encoder/fc/kernel has the shape \(32,\) rather than",
+        ),
+        (
+            lambda values: values["decoder/fc2/bias"].__setitem__(3, np.nan),
+            r"ckpt-5 is of a training that failed: decoder/fc2/bias holds values that are no numbers; take an earlier",
         ),
     ],
 )

@@ -16,6 +16,7 @@ import tensorflow as tf
 from PIL import Image
 
 from caption_train.batches import tutorial_loss
+from caption_train.checkpoints import Checkpoints, latest_checkpoint
 from caption_train.errors import TrainingError
 from caption_train.files import read_json_lines
 from caption_train.schedules import WarmupCosine, learning_rate
@@ -277,6 +278,34 @@ def test_a_clock_that_was_set_back(data: Made, unbroken: Trainer, tmp_path: Path
     lines = [line for line in state.read_text().splitlines() if "timestamp" not in line]
     state.write_text("\n".join([*lines, *later, f"last_preserved_timestamp: {time.time() + 3000}"]))
     assert int(tiny_trainer(data, folder).step) == STEPS
+
+
+def test_a_damaged_record_of_checkpoints_and_a_start_without_one(data: Made, tmp_path: Path) -> None:
+    """Going on from the beginning would overwrite what is there."""
+    (tmp_path / "last").mkdir()
+    for content in (b"\xff\xfe\x00", b"no protocol buffer", b""):
+        (tmp_path / "last" / "checkpoint").write_bytes(content)
+        with pytest.raises(TrainingError, match="checkpoint, which says what checkpoints there are, is damaged: put a"):
+            latest_checkpoint(tmp_path / "last")
+        with pytest.raises(TrainingError, match="is damaged"):
+            Checkpoints(tmp_path / "last", 1, {})
+    shutil.rmtree(tmp_path / "last")
+    (tmp_path / "start").mkdir()
+    with pytest.raises(TrainingError, match="start has no checkpoint to begin with: begin anew in another folder"):
+        tiny_trainer(data, tmp_path)
+
+
+def test_a_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:
+    value = tf.Variable(0)
+    checkpoints = Checkpoints(tmp_path / "runs[1]", 2, {"value": value})
+    for step in range(4):
+        value.assign(step)
+        checkpoints.save(step)
+    assert latest_checkpoint(tmp_path / "runs[1]") == str(tmp_path / "runs[1]" / "ckpt-3")
+    assert {path.stem for path in (tmp_path / "runs[1]").iterdir()} == {"checkpoint", "ckpt-2", "ckpt-3"}
+    value.assign(9)
+    assert Checkpoints(tmp_path / "runs[1]", 2, {"value": value}).restore()
+    assert int(value) == 3
 
 
 def test_a_checkpoint_of_another_model(data: Made, unbroken: Trainer) -> None:

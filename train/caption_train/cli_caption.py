@@ -56,6 +56,8 @@ def caption(
     the others are still captioned, and the exit code is 4.
     """
     check_sampling(given)
+    if (given["n_best"] or 1) > 1 and not as_json:
+        raise click.UsageError("JSON alone has more than one caption a photo: add --json to --n-best")
     decode_options(DecodeOptions(), given)
     if plot is not None:
         _check_plot(plot, images)

@@ -73,6 +73,6 @@ def import_tutorial(folder: Path, checkpoint: Path, tokenizer: Path, extractor_w
             "sha256": weights_key(extractor),
             **origin,
         },
-        "imported_from": {"checkpoint": checkpoint.name, "tokenizer": tokenizer.name},
+        "imported_from": {"checkpoint": tutorial.checkpoint, "tokenizer": tokenizer.name},
     }
     write_json(folder / RUN, record)  # last: a folder with it is a run

@@ -32,7 +32,7 @@ from caption_rt.options import DecodeOptions
 from caption_rt.strategies import Hypothesis
 from caption_rt.vocabulary import Vocabulary
 from caption_train.cache import ABSENT, GridCache
-from caption_train.checkpoints import read_checkpoint
+from caption_train.checkpoints import latest_checkpoint, read_checkpoint
 from caption_train.datasets import CaptionedImage, Dataset
 from caption_train.errors import DatasetError, TrainingError
 from caption_train.files import read_json, write_json
@@ -139,7 +139,7 @@ def open_run(folder: Path, which: str = BEST) -> Run:
         BundleError: The vocabulary was tampered with.
     """
     record, settings = read_json(folder / RUN), run_settings(folder)
-    path = tf.train.latest_checkpoint(str(folder / which))
+    path = latest_checkpoint(folder / which)
     if path is None:
         raise TrainingError(f"{folder} has no checkpoint in {which}/ yet: train it first")
     vocabulary = Vocabulary.from_json(read_json(folder / VOCABULARY))
@@ -151,7 +151,9 @@ def open_run(folder: Path, which: str = BEST) -> Run:
     if (block := settings.extractor.learns_from) is not None:
         parts["extractor"] = upper_part(extractor, block)
     read_checkpoint(path, parts)
-    sections = {name: values for name, values in settings.as_dict().items() if name not in record}
+    # How an imported model was trained is not known.
+    unknown = {"training", "evaluation"} if "imported_from" in record else set()
+    sections = {name: values for name, values in settings.as_dict().items() if name not in record.keys() | unknown}
     extractor_facts = {**record["extractor"], "sha256": weights_key(extractor)}
     if block is not None:
         extractor_facts["learnt_from_captions"] = f"from {block} on"
@@ -229,6 +231,8 @@ def record_scores(
         "step": run.facts["checkpoint"]["step"],
         "beam_size": options.beam_size,
         "length_penalty": options.length_penalty,
+        "sample": options.sample,
+        "max_words": options.max_words,
         **{name: round(value, 4) for name, value in evaluation.scores.items()},
     }
     write_json(path, scores)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from caption_rt.vocabulary import Vocabulary
 from caption_train.batches import Batch, CaptionData, batches_of_epoch, load_batch, tutorial_loss
-from caption_train.checkpoints import Checkpoints, read_checkpoint, tensorflow_errors
+from caption_train.checkpoints import Checkpoints, latest_checkpoint, read_checkpoint, tensorflow_errors
 from caption_train.distributed import Distribution
 from caption_train.errors import TrainingError
 from caption_train.files import append_json_line, read_json_lines, rewrite_json_lines
@@ -180,7 +180,12 @@ class Trainer:
     def _begin(self) -> None:
         if self._last.restore():
             logger.info("going on after step %d of %d", int(self.step), self.total_steps)
-        elif (start := tf.train.latest_checkpoint(str(self.folder / START))) is not None:
+        elif (self.folder / START).exists():
+            start = latest_checkpoint(self.folder / START)
+            if start is None:
+                raise TrainingError(
+                    f"{self.folder / START} has no checkpoint to begin with: begin anew in another folder"
+                )
             read_checkpoint(start, {"encoder": self.model.encoder, "decoder": self.model.decoder})
         if not self._workers.agree(int(self.step)) or not self._workers.agree(len(self.train_data)):
             raise TrainingError(

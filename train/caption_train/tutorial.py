@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
 from caption_rt.vocabulary import END, PAD, START, UNK, Vocabulary
+from caption_train.checkpoints import latest_checkpoint, plain_path
 from caption_train.errors import TrainingError, first_line
 from caption_train.model import CaptionModel
 
@@ -63,6 +64,8 @@ class Tutorial:
     """Size of a word's embedding and of a place's features."""
     units: int
     """Units of GRU, attention and first output layer."""
+    checkpoint: str
+    """The checkpoint's own name, such as "ckpt-4"."""
 
 
 def read_tutorial(checkpoint: Path, tokenizer: Path) -> Tutorial:
@@ -75,7 +78,8 @@ def read_tutorial(checkpoint: Path, tokenizer: Path) -> Tutorial:
     Raises:
         TrainingError: One cannot be read, is of something else, or they do not belong together.
     """
-    weights, sizes = _read_weights(checkpoint)
+    prefix = _prefix(checkpoint)
+    weights, sizes = _read_weights(prefix)
     words, rows = _words(tokenizer, sizes["V"])
     left_out = sizes["V"] - len(rows)
     if left_out:
@@ -85,7 +89,7 @@ def read_tutorial(checkpoint: Path, tokenizer: Path) -> Tutorial:
         "decoder/fc2/kernel": weights["decoder/fc2/kernel"][:, rows],
         "decoder/fc2/bias": weights["decoder/fc2/bias"][rows],
     }
-    return Tutorial(weights | chosen, Vocabulary(tuple(words)), sizes["C"], sizes["E"], sizes["U"])
+    return Tutorial(weights | chosen, Vocabulary(tuple(words)), sizes["C"], sizes["E"], sizes["U"], prefix.name)
 
 
 def fill_model(model: CaptionModel, tutorial: Tutorial) -> None:
@@ -102,20 +106,25 @@ def fill_model(model: CaptionModel, tutorial: Tutorial) -> None:
         target.assign(value)
 
 
-def _read_weights(checkpoint: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, int]]:
+def _read_weights(prefix: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, int]]:
     """The model's variables by name, and its sizes by letter."""
-    prefix = _prefix(checkpoint)
     try:
-        reader = tf.train.load_checkpoint(str(prefix))
-        if not reader.has_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"):
-            raise TrainingError(f"{prefix} is no checkpoint of tf.train.Checkpoint: it has no object graph")
-        graph = TrackableObjectGraph.FromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
-        weights = {}
-        for name in _SHAPES:
-            key = _key(graph, name)
-            if key is None:
-                raise TrainingError(f"the checkpoint {prefix} has no {name}: it is not of the tutorial's model")
-            weights[name] = np.asarray(reader.get_tensor(key))
+        with plain_path(str(prefix)) as plain:
+            reader = tf.train.load_checkpoint(plain)
+            if not reader.has_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"):
+                raise TrainingError(f"{prefix} is no checkpoint of tf.train.Checkpoint: it has no object graph")
+            graph = TrackableObjectGraph.FromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
+            weights = {}
+            for name in _SHAPES:
+                key = _key(graph, name)
+                if key is None:
+                    raise TrainingError(f"the checkpoint {prefix} has no {name}: it is not of the tutorial's model")
+                weights[name] = np.asarray(reader.get_tensor(key))
+                if not np.isfinite(weights[name]).all():
+                    raise TrainingError(
+                        f"the checkpoint {prefix} is of a training that failed: {name} holds values that are no "
+                        "numbers; take an earlier one"
+                    )
     except _UNREADABLE as exc:
         raise exc if isinstance(exc, TrainingError) else _unreadable(prefix, exc) from exc
     return weights, _sizes(prefix, weights)
@@ -128,7 +137,7 @@ def _unreadable(prefix: Path, exc: BaseException) -> TrainingError:
 def _prefix(checkpoint: Path) -> Path:
     """A checkpoint without the endings of its files."""
     if checkpoint.is_dir():
-        latest = tf.train.latest_checkpoint(str(checkpoint))
+        latest = latest_checkpoint(checkpoint)
         if latest is None:
             raise TrainingError(f"the folder {checkpoint} holds no checkpoint: name one, such as {checkpoint}/ckpt-1")
         return Path(latest)
