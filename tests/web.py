@@ -16,6 +16,8 @@ class FileServer(ThreadingHTTPServer):
         self.files = files
         self.ranges = True
         """Whether a Range is honoured."""
+        self.lengths = True
+        """Whether a Content-Length is stated."""
         self.etag: str | None = '"v1"'
         self.drip: float | None = None
         """Seconds between pieces of 4 KiB; None sends at once."""
@@ -71,7 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(size - start))
+        if server.lengths:
+            self.send_header("Content-Length", str(size - start))
         if server.etag:
             self.send_header("ETag", server.etag)
         self.end_headers()

@@ -119,6 +119,46 @@ def test_a_server_that_does_not_resume(tmp_path: Path, server: FileServer, addre
     assert content(tmp_path) == photos("train2014", TRAIN)
 
 
+@pytest.mark.usefixtures("pauses")
+def test_a_server_that_states_no_length_and_breaks_off(
+    tmp_path: Path, server: FileServer, addresses: Callable[..., Path]
+) -> None:
+    server.lengths, server.break_after = False, [5000]
+    assert main(["fetch", "coco", str(tmp_path), "--addresses", str(addresses()), "--yes", "--only", "train"]) == 0
+    assert server.asked == [None, "bytes=5000-"]
+    assert content(tmp_path) == photos("train2014", TRAIN)
+
+
+@pytest.mark.parametrize("name", ["val2014.zip.part", "val2014.zip.part.json"])
+def test_the_disks_trouble_is_not_the_networks(
+    tmp_path: Path,
+    server: FileServer,
+    addresses: Callable[..., Path],
+    pauses: list[float],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    (tmp_path / name).mkdir()  # a folder where a file is to be stands for any trouble of the disk
+    (tmp_path / name / "x").touch()
+    assert main(["fetch", "coco", str(tmp_path), "--addresses", str(addresses()), "--yes", "--only", "val"]) == 6
+    assert "val2014.zip.part cannot be written (Is a directory): make room, and" in capsys.readouterr().err
+    assert (len(server.asked), pauses) == (1, [])
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_what_has_arrived_from_elsewhere_is_not_here(
+    tmp_path: Path, server: FileServer, addresses: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = tmp_path / "val2014.zip.part"
+    part.write_bytes(FILES["/zips/val2014.zip"][:3000])
+    note = {"address": "http://images.cocodataset.org/zips/val2014.zip", "validator": None, "bytes": None}
+    part.with_suffix(".part.json").write_text(json.dumps(note), encoding="utf-8")
+    assert main(["fetch", "coco", str(tmp_path), "--addresses", str(addresses()), "--yes", "--only", "val"]) == 0
+    assert "are here" not in capsys.readouterr().err
+    assert server.asked == [None]
+    assert content(tmp_path) == photos("val2014", VALIDATION)
+
+
 def test_a_file_that_changed_on_the_server_meanwhile(
     tmp_path: Path, server: FileServer, addresses: Callable[..., Path]
 ) -> None:

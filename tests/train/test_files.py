@@ -55,6 +55,13 @@ def test_json_is_read_back(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["facts.json"]
 
 
+def test_what_cannot_be_put_in_place_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "facts.json").mkdir()
+    with pytest.raises(OSError, match="facts"):
+        write_json(tmp_path / "facts.json", {})
+    assert [file.name for file in tmp_path.iterdir()] == ["facts.json"]
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [(None, "is no run folder: it has no facts.json"), ("{", "cannot be read"), ("[]", "it is not a JSON object")],

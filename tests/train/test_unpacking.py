@@ -1,5 +1,6 @@
 """What an archive of unknown origin may hold, and what is said of it."""
 
+import random
 import stat
 import zipfile
 from pathlib import Path
@@ -78,6 +79,25 @@ def test_damage_is_found_by_the_checksum_of_the_file(tmp_path: Path) -> None:
         unpack(path, tmp_path / "out", "t/*.jpg")
     assert [file.name for file in (tmp_path / "out" / "t").iterdir()] == ["a.jpg"]
     assert (tmp_path / "out" / "t" / "a.jpg").read_bytes() == b"a" * 50
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_that_the_compression_finds_is_not_the_disks(tmp_path: Path, compression: int) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("t/a.jpg", random.Random(1).randbytes(5000) + b"x" * 5000)
+    data = bytearray(path.read_bytes())
+    data[200:1500] = bytes(byte ^ 0x5A for byte in data[200:1500])
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=r"t/a.jpg is damaged \(.*\): delete the archive to have it fetched"):
+        unpack(path, tmp_path / "out", "t/*.jpg")
+    assert not list((tmp_path / "out" / "t").iterdir())
+
+
+def test_a_pattern_is_that_of_the_files_that_are_counted_afterwards(tmp_path: Path) -> None:
+    path = write(tmp_path, (entry("t/below/a.jpg"), b"a"), (entry("s/t/a.jpg"), b"a"), (entry("t/a.txt"), b"a"))
+    assert unpack(path, tmp_path / "out", "t/*.jpg") == (1, 4)
+    assert [found.name for found in (tmp_path / "out").glob("t/*.jpg")] == ["good.jpg"]
 
 
 def test_encrypted(tmp_path: Path) -> None:

@@ -39,6 +39,12 @@ def part_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.part")
 
 
+def arrived(address: str, target: Path) -> int:
+    """How many bytes of the file of an address lie in `part_of` its target; what came from elsewhere does not count."""
+    part = part_of(target)
+    return part.stat().st_size if part.exists() and _known(target).get("address") == address else 0
+
+
 def download(
     address: str,
     target: Path,
@@ -63,14 +69,14 @@ def download(
     """
     failures = 0
     while True:
-        held = _held(target)
+        held = arrived(address, target)
         try:
             _fetch_rest(address, target, expected_bytes, on_bytes)
             return part_of(target)
         except DatasetError:
             raise
         except _TRANSIENT as exc:
-            failures = 0 if _held(target) > held else failures + 1
+            failures = 0 if arrived(address, target) > held else failures + 1
             if _is_final(exc) or failures >= _ATTEMPTS:
                 raise DatasetError(f"{printable(address)} {_trouble(exc, address)}") from exc
             logger.warning("%s %s; trying again", printable(address), _trouble(exc, address))
@@ -91,20 +97,12 @@ def size_at(address: str) -> int | None:
 
 def _fetch_rest(address: str, target: Path, expected_bytes: int | None, on_bytes: Callable[[int], None]) -> None:
     """One request: the rest, or the whole where there is nothing that it would be the rest of."""
-    part, note = part_of(target), part_of(target).with_suffix(".part.json")
-    held, validator, total = _held(target), None, None
-    if held:
-        known = _known(note)
-        if known.get("address") == address:
-            validator, total = known.get("validator"), known.get("bytes")
-        else:  # the beginning of something else
-            on_bytes(-held)
-            held = 0
-    if held and held == total:
+    part, held, known = part_of(target), arrived(address, target), _known(target)
+    if held and held == known.get("bytes"):
         return
     headers = {"Range": f"bytes={held}-"} if held else {}
-    if held and validator:
-        headers["If-Range"] = str(validator)
+    if held and known.get("validator"):
+        headers["If-Range"] = str(known["validator"])
     try:
         response = _open(address, headers)
     except urllib.error.HTTPError as exc:
@@ -126,24 +124,26 @@ def _fetch_rest(address: str, target: Path, expected_bytes: int | None, on_bytes
                 f"{printable(address)} has {total:,} bytes on the server, and {expected_bytes:,} are expected: "
                 "look whether the address is right"
             )
+        if total is None:  # only what is known of the file tells a connection that broke off from the end
+            total = expected_bytes
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
-            write_json(note, {"address": address, "validator": _validator(response.headers), "bytes": total})
+            write_json(
+                _note_of(target), {"address": address, "validator": _validator(response.headers), "bytes": total}
+            )
             with part.open("r+b" if part.exists() else "wb") as file:
                 file.truncate(start)
                 file.seek(start)
-                _receive(response, file, on_bytes)
-        except _DiskError as exc:
+                lost = _receive(response, file, on_bytes)
+        except OSError as exc:
             raise DatasetError(
-                f"{part} cannot be written ({exc}): make room, and give the same command again to go on"
+                f"{part} cannot be written ({exc.strerror or exc}): make room, and give the same command again to go on"
             ) from exc
+    if lost is not None:
+        raise lost
     size = part.stat().st_size
     if total is not None and size < total:
         raise _Broken(f"broke off after {size:,} of {total:,} bytes", "try again")
-
-
-class _DiskError(Exception):
-    """The disk's trouble, kept apart from the network's, which comes as OSError as well."""
 
 
 class _Broken(Exception):
@@ -153,29 +153,31 @@ class _Broken(Exception):
 _TRANSIENT = (OSError, http.client.HTTPException, ValueError, _Broken)
 
 
-def _receive(response: http.client.HTTPResponse, file: IO[bytes], on_bytes: Callable[[int], None]) -> None:
-    while chunk := response.read1(_CHUNK):
+def _receive(response: http.client.HTTPResponse, file: IO[bytes], on_bytes: Callable[[int], None]) -> Exception | None:
+    """Write what comes, to the disk; the network's trouble is returned, as the disk's comes as OSError as well."""
+    lost = None
+    while True:
         try:
-            file.write(chunk)
-        except OSError as exc:
-            raise _DiskError(exc.strerror or exc) from exc
+            chunk = response.read1(_CHUNK)
+        except _TRANSIENT as exc:
+            lost = exc
+            break
+        if not chunk:
+            break
+        file.write(chunk)
         on_bytes(len(chunk))
-    try:
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError as exc:
-        raise _DiskError(exc.strerror or exc) from exc
+    file.flush()
+    os.fsync(file.fileno())
+    return lost
 
 
-def _held(target: Path) -> int:
-    """How many bytes have arrived."""
-    part = part_of(target)
-    return part.stat().st_size if part.exists() else 0
+def _note_of(target: Path) -> Path:
+    return part_of(target).with_suffix(".part.json")
 
 
-def _known(note: Path) -> Mapping[str, Any]:
+def _known(target: Path) -> Mapping[str, Any]:
     with contextlib.suppress(Exception):  # without it, the whole is fetched again
-        return read_json(note)
+        return read_json(_note_of(target))
     return {}
 
 

@@ -19,10 +19,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from caption_train.caption_text import photo_name, read_text
-from caption_train.download import download, part_of, size_at
+from caption_train.caption_text import photo_name, read_json, read_text
+from caption_train.download import arrived, download, size_at
 from caption_train.errors import DatasetError
-from caption_train.files import one_process, read_json, write_json
+from caption_train.files import one_process, write_json
 from caption_train.unpacking import contents, unpack
 
 logger = logging.getLogger(__name__)
@@ -115,9 +115,13 @@ def _archive(table: Mapping[str, Any], base: str, where: str) -> Archive:
             raise DatasetError(f"{where}: {key} is missing")
     photo_name(table["files"], where)
     # Like a folder, whether or not it ends with a slash.
-    address = urllib.parse.urljoin(f"{base.rstrip('/')}/", table["address"])
+    try:
+        address = urllib.parse.urljoin(f"{base.rstrip('/')}/", table["address"])
+        parts = urllib.parse.urlsplit(address)
+    except ValueError as exc:
+        raise DatasetError(f"{where}: {table['address']} at {base} is no http or https address ({exc})") from exc
     archive = Archive(address, table["files"], table.get("bytes"), (table.get("sha256") or "").lower() or None)
-    if urllib.parse.urlsplit(address).scheme not in ("http", "https") or not archive.name:
+    if parts.scheme not in ("http", "https") or not parts.hostname or not archive.name:
         raise DatasetError(f"{where}: {address} is no http or https address of a file")
     return archive
 
@@ -138,16 +142,14 @@ def plan(archives: Sequence[Archive], folder: Path) -> list[Job]:
     ledger = _read_ledger(folder)
     jobs = []
     for archive in archives:
-        files, size = _unpacked(folder, archive.files)
-        done = ledger.get(archive.name, {}).get("unpacked")
-        if done == {"files": files, "bytes": size}:
+        if _is_done(archive, folder, ledger):
             continue
-        if done is not None:
+        if "unpacked" in ledger.get(archive.name, {}):
             logger.warning("%s: files of %s are gone or changed since they were unpacked", folder, archive.name)
-        held = [
-            path.stat().st_size for path in (folder / archive.name, part_of(folder / archive.name)) if path.exists()
-        ]
-        jobs.append(Job(archive, archive.bytes or size_at(archive.address), max(held, default=0), size))
+        path = folder / archive.name
+        held = path.stat().st_size if path.exists() else arrived(archive.address, path)
+        unpacked = _unpacked(folder, archive.files)[1]
+        jobs.append(Job(archive, archive.bytes or size_at(archive.address), held, unpacked))
     return jobs
 
 
@@ -211,6 +213,8 @@ def fetch(jobs: Sequence[Job], folder: Path, progress: Progress, *, keep_archive
 def _fetch_one(job: Job, folder: Path, progress: Progress, keep_archives: bool) -> None:
     archive, path = job.archive, folder / job.archive.name
     ledger = _read_ledger(folder)
+    if _is_done(archive, folder, ledger):  # by another process, since the plan was made
+        return
     entry = ledger.setdefault(archive.name, {})
     if path.exists():
         digest = _sha256(path, progress)
@@ -226,6 +230,7 @@ def _fetch_one(job: Job, folder: Path, progress: Progress, keep_archives: bool) 
             part.unlink()
             raise
         entry |= {"address": archive.address, "bytes": part.stat().st_size, "sha256": digest}
+        entry.pop("unpacked", None)
         write_json(folder / LEDGER, ledger)
         os.replace(part, path)
         part.with_suffix(".part.json").unlink(missing_ok=True)
@@ -238,11 +243,13 @@ def _fetch_one(job: Job, folder: Path, progress: Progress, keep_archives: bool) 
         )
     with progress(f"unpacking {archive.name}", wanted, 0) as advance:
         files, size = unpack(path, folder, archive.files, advance)
+    # An archive that was fetched, now or by a call that was stopped, has not been unpacked before. Another one was put
+    # there by somebody, and is theirs.
+    fetched = "address" in entry and "unpacked" not in entry
     entry["unpacked"] = {"files": files, "bytes": size}
     write_json(folder / LEDGER, ledger)
     logger.info("%s: %d files in %s", archive.name, files, folder / Path(archive.files).parent)
-    # An archive that somebody put there is theirs.
-    if not keep_archives and entry.get("address"):
+    if fetched and not keep_archives:
         path.unlink()
 
 
@@ -276,11 +283,31 @@ def _unpacked(folder: Path, pattern: str) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
+def _is_done(archive: Archive, folder: Path, ledger: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether all that was unpacked is there; files that somebody put beside it do no harm."""
+    done = ledger.get(archive.name, {}).get("unpacked")
+    if done is None:
+        return False
+    files, size = _unpacked(folder, archive.files)
+    return bool(files >= done["files"] and size >= done["bytes"])
+
+
 def _read_ledger(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / LEDGER
     if not path.exists():
         return {}
-    ledger = read_json(path)
-    if not all(isinstance(entry, dict) for entry in ledger.values()):
-        raise DatasetError(f"{path} is damaged: delete it to have everything looked at again")
+    remedy = "delete it, and what it says is done is fetched again"
+    try:
+        ledger = read_json(path)
+    except DatasetError as exc:
+        raise DatasetError(f"{exc}: {remedy}") from exc
+    if not isinstance(ledger, dict) or not all(map(_is_entry, ledger.values())):
+        raise DatasetError(f"{path} is damaged: {remedy}")
     return ledger
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    done = entry.get("unpacked", {"files": 0, "bytes": 0})
+    return isinstance(done, dict) and all(isinstance(done.get(name), int) for name in ("files", "bytes"))

@@ -12,15 +12,13 @@ import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
 
 from caption_train.caption_text import photo_name
 from caption_train.errors import DatasetError
 
 _CHUNK = 2**20
-# What zipfile and zlib raise of an archive that is damaged, or (RuntimeError) packed in a way that they do not know.
-_DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError)
 _MOST_FILES = 1_000_000
 _LARGEST_RATIO = 100  # captions as JSON shrink to a fifth, photos hardly; a bomb to a thousandth
 
@@ -42,7 +40,8 @@ def contents(archive: Path, pattern: str) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(archive) as file:
             entries = file.infolist()
-    except _DAMAGES as exc:
+    # RuntimeError: packed in a way that it does not know.
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as exc:
         raise DatasetError(f"{archive} is no zip file, or damaged ({exc}): delete it to have it fetched again") from exc
     except OSError as exc:
         raise DatasetError(f"{archive} cannot be read ({exc.strerror or exc}): check its permissions") from exc
@@ -50,7 +49,7 @@ def contents(archive: Path, pattern: str) -> list[zipfile.ZipInfo]:
         raise DatasetError(f"{archive} has {len(entries):,} entries, and at most {_MOST_FILES:,} are unpacked")
     for entry in entries:
         _check(archive, entry)
-    wanted = [entry for entry in entries if not entry.is_dir() and fnmatch.fnmatchcase(entry.filename, pattern)]
+    wanted = [entry for entry in entries if not entry.is_dir() and _matches(entry.filename, pattern)]
     if not wanted:
         raise DatasetError(f"{archive} holds no files of the name {pattern}: look whether the address is right")
     if len({entry.filename.lower() for entry in wanted}) < len(wanted):
@@ -92,6 +91,12 @@ def unpack(
     return len(entries), sum(entry.file_size for entry in entries)
 
 
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a path is of a pattern, part by part as in `Path.glob`, which counts what was unpacked."""
+    parts, patterns = PurePosixPath(name).parts, PurePosixPath(pattern).parts
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+
+
 def _check(archive: Path, entry: zipfile.ZipInfo) -> None:
     where = f"{archive}, entry {entry.orig_filename!r}"
     if entry.orig_filename != entry.filename or "\\" in entry.filename:  # zipfile cuts names at a zero byte
@@ -111,21 +116,33 @@ def _unpack_one(archive: Path, file: zipfile.ZipFile, entry: zipfile.ZipInfo, ta
     temporary = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with file.open(entry) as source, temporary.open("wb") as written:
-            while chunk := source.read(_CHUNK):
+        with temporary.open("wb") as written:
+            for chunk in _content(archive, file, entry):
                 written.write(chunk)
-        if temporary.stat().st_size != entry.file_size:
-            raise zipfile.BadZipFile("it is shorter than the archive says")
         os.replace(temporary, target)
-    except _DAMAGES as exc:
+    except DatasetError:
         _drop(temporary)
-        raise DatasetError(
-            f"{archive}: {entry.filename} is damaged ({exc}): delete the archive to have it fetched again"
-        ) from exc
+        raise
     except OSError as exc:
         _drop(temporary)
         raise DatasetError(
             f"{target} cannot be written ({exc.strerror or exc}): make room, and give the same command again to go on"
+        ) from exc
+
+
+def _content(archive: Path, file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
+    """A file of an archive, in pieces."""
+    size = 0
+    try:
+        with file.open(entry) as source:
+            while chunk := source.read(_CHUNK):
+                size += len(chunk)
+                yield chunk
+        if size != entry.file_size:
+            raise zipfile.BadZipFile("it is shorter than the archive says")
+    except Exception as exc:  # every compression has its own for damage, bzip2 even an OSError
+        raise DatasetError(
+            f"{archive}: {entry.filename} is damaged ({exc}): delete the archive to have it fetched again"
         ) from exc
 
 
