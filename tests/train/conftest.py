@@ -21,6 +21,7 @@ NEED_TENSORFLOW = [
     "test_finetune.py",
     "test_extraction.py",
     "test_importing.py",
+    "test_logs.py",
     "test_inception.py",
     "test_model.py",
     "test_objectives.py",

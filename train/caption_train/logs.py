@@ -34,10 +34,8 @@ class RunLog:
             OSError: The folder cannot be written.
         """
         path = folder / STEPS
-        before = read_json_lines(path)
-        kept = [record for record in before if record["step"] <= step]
-        if not path.exists() or len(kept) < len(before):
-            rewrite_json_lines(path, kept)
+        # Written anew whatever is kept: what is appended to a torn last line would be no record.
+        rewrite_json_lines(path, [record for record in read_json_lines(path) if record["step"] <= step])
         self._path, self._events = path, tf.summary.create_file_writer(str(folder / EVENTS))
 
     def __enter__(self) -> Self:
