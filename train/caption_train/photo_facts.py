@@ -27,7 +27,7 @@ NEAR = 40
 
 _SIDE = 16
 _LEAST_CONTRAST = 8.0  # standard deviation of 255; the bits of a photo of fog or sky alone are noise
-_PAIRS_AT_ONCE = 2**22
+_PAIRS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,15 @@ def near_pairs(
     mine = [index for index, bits in enumerate(first) if bits is not None]
     if not theirs or not mine:
         return []
-    # One array a word, so that nearly all pairs are ruled out by the first.
+    # One array a word, so that no more than one number a pair is kept.
     left = np.array([first[index] for index in mine]).T.copy()
     right = np.array([second[index] for index in theirs]).T.copy()
     pairs = []
     rows = max(1, _PAIRS_AT_ONCE // len(theirs))
     for start in range(0, len(mine), rows):
         block = left[:, start : start + rows]
-        apart = np.bitwise_count(block[0][:, None] ^ right[0][None, :])
-        i, j = np.nonzero(apart <= most)
-        distance = np.bitwise_count(block[:, i] ^ right[:, j]).sum(axis=0, dtype=np.int64)
-        close = distance <= most
-        pairs += [(mine[start + a], theirs[b]) for a, b in zip(i[close], j[close], strict=True)]
+        apart = np.zeros((block.shape[1], right.shape[1]), np.uint16)
+        for ours, others in zip(block, right, strict=True):
+            apart += np.bitwise_count(ours[:, None] ^ others)
+        pairs += [(mine[start + i], theirs[j]) for i, j in zip(*np.nonzero(apart <= most), strict=True)]
     return pairs
