@@ -258,13 +258,25 @@ def test_one_process_fills_at_a_time(tmp_path: Path, photos: list[Path]) -> None
     def fill_again(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         with pytest.raises(TrainingError, match="another process is filling the cache"):
             open_cache(tmp_path).fill(photos, extract, read=read)
+        assert early.fill(photos[3::-1], extract, read=read).tolist() == [3, 2, 1, 0]  # which are all there
         return extract(images)
 
-    cache, late = open_cache(tmp_path), open_cache(tmp_path)
+    cache, early, late = open_cache(tmp_path), open_cache(tmp_path), open_cache(tmp_path)
+    cache.fill(photos[:4], extract, read=read)
     cache.fill(photos, fill_again, read=read)
     counting = Counting()
     late.fill(photos, counting, read=read)  # opened while the cache was empty, and sees what came since
     assert counting.calls == []
+
+
+def test_a_cache_that_cannot_be_written_gives_what_it_has(tmp_path: Path, photos: list[Path]) -> None:
+    cache = open_cache(tmp_path)
+    cache.fill(photos[:4], extract, read=read)
+    (cache.folder / "lock").unlink()
+    (cache.folder / "lock").mkdir()  # stands for any trouble of the disk
+    assert open_cache(tmp_path).fill(photos[:4], extract, read=read).tolist() == [0, 1, 2, 3]
+    with pytest.raises(TrainingError, match="cannot be written: Is a directory"):
+        open_cache(tmp_path).fill(photos, extract, read=read)
 
 
 def test_a_torn_index_line_does_not_count(tmp_path: Path, photos: list[Path]) -> None:

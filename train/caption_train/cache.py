@@ -172,17 +172,16 @@ class GridCache:
             The photos' rows, int64 [len(paths)]; -1 for a photo that cannot be read, which is logged.
 
         Raises:
-            TrainingError: The disk is too small or full, another process fills this cache, or a grid has another shape
-                than the cache's or values that float16 cannot hold.
+            TrainingError: A photo is not there yet, and the disk is too small, full or read-only, another process fills
+                this cache, or a grid has another shape than the cache's or values that float16 cannot hold.
         """
-        with self._only_writer():
-            digests = _hash_files(paths)
-            wanted: dict[str, Path] = {}
-            for digest, path in zip(digests, paths, strict=True):
-                if digest is not None and digest not in self._rows:
-                    wanted.setdefault(digest, path)
-            self._check_free_space(len(wanted))
-            if wanted:
+        digests = _hash_files(paths)
+        photos = {digest: path for digest, path in zip(digests, paths, strict=True) if digest is not None}
+        self._read_index()  # what others have written since
+        if not photos.keys() <= self._rows.keys():
+            with self._only_writer():
+                wanted = {digest: path for digest, path in photos.items() if digest not in self._rows}
+                self._check_free_space(len(wanted))
                 logger.info("extracting the features of %d photos; %d are in the cache", len(wanted), len(self))
                 self._extract_all(wanted, extract, read, batch_size, progress=progress)
         rows = self._lookup(digests)
@@ -300,8 +299,12 @@ class GridCache:
     def _only_writer(self) -> Iterator[None]:
         """Holds the right to write, which ends with the process, and sees what others wrote before."""
         busy = TrainingError(f"another process is filling the cache {self.folder}; wait for it")
-        with one_process(self.folder / "lock", busy):
-            self._read_index()
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(one_process(self.folder / "lock", busy))
+                self._read_index()
+            except OSError as exc:
+                raise TrainingError(f"the cache {self.folder} cannot be written: {exc.strerror or exc}") from exc
             yield
 
     def _check_free_space(self, rows: int) -> None:
