@@ -1,8 +1,10 @@
 """Fetching a data set from a real server on this machine: what is fetched, checked, unpacked and refused."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import pytest
 from caption_train.cli import main
 from caption_train.datasets import load_dataset
 from caption_train.errors import DatasetError
-from caption_train.fetching import Archive, Job, read_archives, space_needed
+from caption_train.fetching import Archive, Job, fetch, plan, read_archives, space_needed
 from coco_server import (
     EXPECTED,
     FILES,
@@ -75,6 +77,58 @@ def test_what_is_there_is_not_fetched_again(
     assert "files of val2014.zip are gone or changed" in caplog.text
     assert len(server.requests) == 2
     assert content(tmp_path / "coco") == photos("val2014", VALIDATION)
+
+
+def test_files_that_somebody_put_there_do_no_harm(
+    tmp_path: Path, server: FileServer, addresses: Callable[..., Path]
+) -> None:
+    arguments = ["fetch", "coco", str(tmp_path), "--addresses", str(addresses()), "--yes", "--only", "annotations"]
+    assert main(arguments) == 0
+    (tmp_path / "annotations" / "captions_mine2014.json").write_text("{}")
+    for _ in range(2):
+        assert main(arguments) == 0
+    assert len(server.asked) == 1
+
+
+def test_nothing_is_fetched_twice(
+    tmp_path: Path, server: FileServer, addresses: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named twice, or planned by two processes, of which one waits until its user says yes."""
+    arguments = ["fetch", "coco", str(tmp_path), "--addresses", str(addresses()), "--yes", "--only", "val"]
+    archives = read_archives("coco", "2014", ["val"], addresses=addresses())
+    jobs = plan(archives, tmp_path)
+    assert main([*arguments, "--only", "val"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("val2014.zip: ") == 1
+    fetch(jobs, tmp_path, lambda *_: contextlib.nullcontext(lambda count: None))
+    assert len(server.asked) == 1
+
+
+def test_what_is_next_is_said_where_it_would_work(
+    tmp_path: Path, server: FileServer, addresses: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["fetch", "coco", str(tmp_path), "--addresses", str(addresses()), "--yes", "--only"]
+    assert main([*arguments, "annotations"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "caption-train: done"
+    assert main(["report", str(tmp_path), "--no-photos"]) == 0
+    assert re.search(r"^train +60 ", capsys.readouterr().out, re.MULTILINE)
+    assert main([*arguments, "val"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"caption-train: done; next: caption-train train {tmp_path} RUN"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("{", "line 1: this is not JSON"), ("[]", "is damaged"), ('{"val2014.zip": {"unpacked": 3}}', "is damaged")],
+)
+def test_a_damaged_ledger(
+    tmp_path: Path, addresses: Callable[..., Path], capsys: pytest.CaptureFixture[str], text: str, complaint: str
+) -> None:
+    (tmp_path / "fetched.json").write_text(text)
+    assert main(["fetch", "coco", str(tmp_path), "--addresses", str(addresses()), "--yes", "--only", "val"]) == 6
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert "fetched.json" in said
+    assert said.rstrip().endswith(": delete it, and what it says is done is fetched again")
 
 
 def test_many_gigabytes_are_not_fetched_unasked(
@@ -170,6 +224,13 @@ def test_archives_that_are_there_or_are_to_stay(
     mine.write_bytes(FILES["/zips/val2014.zip"])
     assert main([*arguments, "--only", "val"]) == 0
     assert (server.requests, mine.exists()) == ([], True)  # somebody put it there
+    mine.unlink()
+    for fetched, photo in enumerate(sorted((tmp_path / "val2014").iterdir())[:2], 1):
+        photo.unlink()
+        assert main([*arguments, "--only", "val"]) == 0
+        assert (len(server.asked), mine.exists()) == (1, fetched == 2)
+        mine.write_bytes(FILES["/zips/val2014.zip"])  # as well where it was fetched before
+    server.requests.clear()
     assert main([*arguments, "--only", "train", "--keep-archives"]) == 0
     assert (tmp_path / "train2014.zip").read_bytes() == FILES["/zips/train2014.zip"]
 
@@ -197,6 +258,9 @@ def test_a_mirror_takes_the_place_of_the_publishers_server(server: FileServer) -
         ("[2014.val]\nfiles = 'a/*'", r"\[2014.val\]: address is missing"),
         ("[2014.val]\naddress = 'a.zip'\nfiles = 'a/*'", "a.zip is no http or https address"),
         ("[2014.val]\naddress = 'file:///etc/passwd'\nfiles = 'a/*'", "is no http or https address"),
+        ("[2014.val]\naddress = 'http:///b.zip'\nfiles = 'a/*'", "is no http or https address"),
+        ("base = 'http://[::1'\n[2014.val]\naddress = 'b.zip'\nfiles = 'a/*'", "is no http or https address"),
+        ("[2014.val]\naddress = 'http://[::1/b.zip'\nfiles = 'a/*'", "is no http or https address"),
         ("[2014.val]\naddress = 'http://a/'\nfiles = 'a/*'", "is no http or https address of a file"),
         ("[2014.val]\naddress = 'http://a/b.zip'\nfiles = '../*'", "leads out of the folder"),
         ("[2014.val]\naddress = 'http://a/b.zip'\nfiles = 'a/*'\nbytes = '3'", "bytes = '3' is not understood"),

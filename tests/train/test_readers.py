@@ -1,5 +1,7 @@
 """Formats of caption files beyond Flickr8k's and one of MS-COCO's, and what is wrong with files that people have."""
 
+import csv
+import io
 import json
 import logging
 from pathlib import Path
@@ -204,6 +206,8 @@ class TestTables:
             ("t.csv", "id;Caption;Image\n1;A dog, running;a.jpg\n2; Ein Hündchen läuft ;a.jpg\n3;A cat;b/c.jpg\n"),
             ("t.csv", 'image,caption_0,caption_1\na.jpg,"A dog, running",Ein Hündchen läuft\nb/c.jpg,A cat,\n'),
             ("t.csv", f"image,captions\na.jpg,{JSON_CELL}\nb/c.jpg,A cat\n"),
+            ("t.csv", 'image,captions\na.jpg,"[ ""A dog, running"", ""Ein Hündchen läuft"" ]"\nb/c.jpg,A cat\n'),
+            ("t.csv", "image;captions\na.jpg;['A dog, running', 'Ein Hündchen läuft']\nb/c.jpg;['A cat']\n"),
             ("captions.txt", 'image,caption\na.jpg,"A dog, running"\na.jpg,Ein Hündchen läuft\n./b/c.jpg,A cat\n'),
             (
                 "t.jsonl",
@@ -245,6 +249,16 @@ class TestTables:
         assert [len(dataset.train), len(dataset.validation), len(dataset.test)] == [8, 2, 3]
         assert not dataset.own_split
 
+    def test_a_list_as_pandas_writes_it(self, tmp_path: Path) -> None:
+        """With the quotes that each caption leaves free, and with escapes."""
+        captions = ["The dog's ball", 'A "dog"', 'It\'s "one"', "Two\nlines\\"]
+        buffer = io.StringIO()
+        csv.writer(buffer).writerows(
+            [("image", "captions"), ("a.jpg", repr(captions)), ("b/c.jpg", repr(captions[:1]))]
+        )
+        (found, other) = read_captions(table(tmp_path, "t.csv", buffer.getvalue())).records
+        assert (found.captions, other.captions) == (tuple(captions), tuple(captions[:1]))
+
     @pytest.mark.parametrize(
         ("name", "content", "complaint"),
         [
@@ -268,7 +282,10 @@ class TestTables:
             ),
             ("t.csv", "image,caption,split\na.jpg,A dog,\n", "line 2: the split '' is not known"),
             ("t.csv", 'image,captions\na.jpg,"[""A"", 3]"\n', "line 2: expected a list of captions"),
-            ("t.csv", 'image,captions\na.jpg,"[""A"""\n', "line 2: this is not JSON"),
+            ("t.csv", 'image,captions\na.jpg,"[""A"""\n', "line 2: expected a list of captions"),
+            ("t.csv", "image;captions\na.jpg;['A', 3]\n", "line 2: expected a list of captions"),
+            ("t.csv", "image;captions\na.jpg;['A' 'B']\n", "line 2: expected a list of captions"),  # as NumPy prints it
+            ("t.csv", "image;captions\na.jpg;['A\\x']\n", "line 2: expected a list of captions"),
             ("t.csv", "picture,words\na.jpg,A dog\n", "line 1: expected a header such as image,caption"),
             ("t.csv", "", "line 1: expected a header"),
             ("t.csv", "image,caption\n", "holds no captions"),

@@ -18,6 +18,7 @@ from caption_rt.errors import OptionsError
 from caption_rt.vocabulary import normalize_caption
 from caption_train.captioned import CaptionedImage, CaptionFile, Dataset, Part, Record
 from caption_train.errors import DatasetError
+from caption_train.ptb import ptb_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +54,14 @@ class Choices:
             raise OptionsError(f"the largest missing share {self.max_missing_share:g} is not between 0 and 1")
 
 
-def assemble(captions: CaptionFile, images: Path | None, choices: Choices) -> Dataset:
+def assemble(captions: CaptionFile, images: Path | None, choices: Choices, *, find_photos: bool = True) -> Dataset:
     """Find the photos, and put them into their parts.
 
     Args:
         captions: What a caption file says.
         images: The folder of the photos; None for where the set usually has them.
         choices: What of it is taken.
+        find_photos: As in `caption_train.datasets.load_dataset`.
 
     Returns:
         The data set.
@@ -68,7 +70,10 @@ def assemble(captions: CaptionFile, images: Path | None, choices: Choices) -> Da
         DatasetError: There is no caption, no folder of photos, too many photos are missing, or too few are left.
     """
     records, wordless = _with_words(captions)
-    found = _find_photos(captions, records, images, choices.max_missing_share)
+    if find_photos:
+        found = _find_photos(captions, records, images, choices.max_missing_share)
+    else:
+        found = [_Found(record, Path(record.name)) for record in records]
     missing = len(records) - len(found)
     parts: dict[Part | None, list[_Found]] = {"train": [], "validation": [], "test": [], None: []}
     for photo in found:
@@ -105,17 +110,20 @@ def assemble(captions: CaptionFile, images: Path | None, choices: Choices) -> Da
 
 @dataclass(frozen=True)
 class _Found:
-    """A record whose photo is on the disk."""
+    """A record and its photo."""
 
     record: Record
     path: Path
 
 
 def _with_words(captions: CaptionFile) -> tuple[list[Record], int]:
-    """Drops captions without a word, which would teach the model to say nothing, and photos left without captions."""
+    """Drops captions without a word, which would teach the model to say nothing, and photos left without captions.
+
+    A word is one for the scores as well, which can make nothing of a photo whose captions are but emojis.
+    """
     kept, wordless = [], 0
     for record in captions.records:
-        texts = tuple(text for text in record.captions if normalize_caption(text))
+        texts = tuple(text for text in record.captions if normalize_caption(text) and ptb_tokens(text))
         wordless += len(record.captions) - len(texts)
         if texts:
             kept.append(Record(record.name, texts, record.part))

@@ -54,7 +54,7 @@ def fetch(
     from caption_train.fetching import check_space, plan, read_archives
     from caption_train.fetching import fetch as run
 
-    archives = read_archives(name, year, only or _PARTS, addresses=addresses, mirror=mirror)
+    archives = read_archives(name, year, tuple(dict.fromkeys(only)) or _PARTS, addresses=addresses, mirror=mirror)
     jobs = plan(archives, folder)
     if not jobs:
         say(_PROGRAM, f"everything is in {folder} already")
@@ -73,14 +73,21 @@ def fetch(
             say(_PROGRAM, "nothing was fetched")
             return
     run(jobs, folder, _byte_bar, keep_archives=keep_archives)
-    say(_PROGRAM, f"done; next: caption-train train {folder} RUN")
+    with_captions = any(folder.glob("annotations/captions_*.json"))
+    with_photos = any((folder / f"{part}{year}").is_dir() for part in ("train", "val"))
+    say(_PROGRAM, f"done; next: caption-train train {folder} RUN" if with_captions and with_photos else "done")
 
 
 @click.command()
 @click.argument("data", type=PATH)
 @click.option("--images", type=PATH, help="Folder of the photos, where it is not found beside the captions.")
 @click.option("--limit", type=click.IntRange(min=2), help="Take so many photos, as 'train' does.  [default: all]")
-@click.option("--validation-share", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2)
+@click.option(
+    "--validation-share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.2,
+    help="Share of the photos to validate on, where the set has no split of its own.",
+)
 @click.option("--validation-limit", type=COUNT, help="Validate on so many photos at most, as 'train' does.")
 @click.option("--data-seed", type=int, default=0, help="Decides which photos the limits and --validation-share take.")
 @click.option(
@@ -92,7 +99,7 @@ def fetch(
 @click.option(
     "--vocabulary", type=COUNT, multiple=True, help="Try a vocabulary of so many words; may be given more than once."
 )
-@click.option("--no-photos", is_flag=True, help="Do not read the photos: nothing of damage and duplicates.")
+@click.option("--no-photos", is_flag=True, help="Captions alone; the photos need not be there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def report(
     data: Path,
@@ -108,7 +115,7 @@ def report(
 ) -> None:
     """Print what the data set DATA is like: counts, lengths, words, duplicates, missing and damaged photos.
 
-    DATA is what 'train' takes. Each photo is read once.
+    DATA is what 'train' takes. Each photo is read once, unless --no-photos is given.
     """
     from caption_train.data_report import SIZES, as_text
     from caption_train.data_report import report as examine
@@ -122,6 +129,7 @@ def report(
         validation_share=validation_share,
         max_missing_share=max_missing_share,
         validation_limit=validation_limit,
+        find_photos=not no_photos,
     )
     count = 0 if no_photos else len(dataset.train) + len(dataset.validation) + len(dataset.test)
     with progress_bar("photos", count) as advance:

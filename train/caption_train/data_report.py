@@ -35,7 +35,7 @@ def report(
     Args:
         dataset: The set.
         sizes: Sizes of vocabularies, in words beside the special ones.
-        read_photos: Whether every photo is read, for damage and duplicates.
+        read_photos: Whether every photo is read, for damage and duplicates; if not, none has to be there.
         on_photo: Called after each photo that is read.
 
     Returns:
@@ -49,13 +49,13 @@ def report(
     found: dict[str, Any] = {
         "name": dataset.name,
         "split": "own" if dataset.own_split else "drawn",
-        "missing_photos": dataset.missing,
         "captions_without_words": dataset.wordless,
         "parts": {name: _part(images, words[name]) for name, images in parts.items()},
         "vocabulary": _vocabulary(words, sizes),
         "same_captions": _same_captions(words),
     }
     if read_photos:
+        found["missing_photos"] = dataset.missing
         facts = {name: look_at([image.path for image in images], on_photo) for name, images in parts.items()}
         unreadable = [one for group in facts.values() for one in group if one.trouble is not None]
         found["unreadable_photos"] = [{"path": str(one.path), "reason": one.trouble} for one in unreadable]
@@ -155,8 +155,9 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines = [f"{printable(found['name'])}, {split}", ""]
     lines += _counts_text(found["parts"])
     lines += ["", *_lengths_text(found["parts"]["train"]["words"]), "", *_vocabulary_text(found["vocabulary"])]
-    lines += ["", f"missing      {found['missing_photos']:,} photos"]
+    lines.append("")
     if "unreadable_photos" in found:
+        lines.append(f"missing      {found['missing_photos']:,} photos")
         lines.append(f"unreadable   {len(found['unreadable_photos']):,} photos")
         lines += [f"  {printable(one['reason'])}" for one in found["unreadable_photos"][:_EXAMPLES]]
     lines.append(f"wordless     {found['captions_without_words']:,} captions, left out")

@@ -45,6 +45,7 @@ def load_dataset(
     validation_share: float = 0.2,
     max_missing_share: float = 0.0,
     validation_limit: int | None = None,
+    find_photos: bool = True,
 ) -> Dataset:
     """Read a data set in the format that its path shows.
 
@@ -56,6 +57,8 @@ def load_dataset(
         validation_share: As there.
         max_missing_share: As there.
         validation_limit: As there.
+        find_photos: Whether the photos are looked for. If not, all are taken to be there, and their paths are those
+            within the folder of photos, whose place nobody knows.
 
     Returns:
         The data set.
@@ -65,15 +68,16 @@ def load_dataset(
         OptionsError: An argument is out of its range.
     """
     choices = Choices(limit, seed, validation_share, max_missing_share, validation_limit)
-    return assemble(read_captions(path), images, choices)
+    return assemble(read_captions(path, find_photos=find_photos), images, choices, find_photos=find_photos)
 
 
-def read_captions(path: Path) -> CaptionFile:
-    """Read a file of captions, or the one that a folder holds, without looking for the photos.
+def read_captions(path: Path, *, find_photos: bool = True) -> CaptionFile:
+    """Read a file of captions, or the one that a folder holds; what it says, whether or not its photos are there.
 
     Args:
         path: A folder with one data set; or one of Flickr's token files, Flickr30k's ``results.csv``, MS-COCO's caption
             JSON, Karpathy's JSON, or a table (CSV, JSON lines) of photos and captions.
+        find_photos: Whether one of MS-COCO's two files is left out where the photos of the other alone are there.
 
     Returns:
         What it says.
@@ -82,7 +86,7 @@ def read_captions(path: Path) -> CaptionFile:
         DatasetError: It is not there, in no known format or malformed, or the folder holds several data sets.
     """
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, find_photos)
     if not path.exists():
         raise DatasetError(f"{path}: there is no such data set; give {_KNOWN}")
     suffix = path.suffix.lower()
@@ -100,7 +104,7 @@ def read_captions(path: Path) -> CaptionFile:
     return read_table(path)
 
 
-def _read_folder(folder: Path) -> CaptionFile:
+def _read_folder(folder: Path, find_photos: bool) -> CaptionFile:
     """The data set of a folder that holds one."""
     coco = sorted([*folder.glob(COCO_CAPTIONS), *folder.glob(f"annotations/{COCO_CAPTIONS}")])
     others = [
@@ -113,7 +117,7 @@ def _read_folder(folder: Path) -> CaptionFile:
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise DatasetError(f"{folder} holds several data sets ({names}); name the file of the one that is meant")
-    return read_coco_folder(coco) if coco else read_captions(found[0])
+    return read_coco_folder(coco, find_photos=find_photos) if coco else read_captions(found[0])
 
 
 def photos_in(folder: Path) -> tuple[Path, ...]:

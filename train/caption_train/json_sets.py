@@ -44,7 +44,7 @@ def read_json_set(path: Path) -> CaptionFile:
     return CaptionFile("coco", path, _coco_records(path, content, None), *_coco_places(path))
 
 
-def read_coco_folder(paths: Sequence[Path]) -> CaptionFile:
+def read_coco_folder(paths: Sequence[Path], *, find_photos: bool = True) -> CaptionFile:
     """Read MS-COCO's files of a folder: where training and validation captions are both there, that is the split.
 
     A file whose photos nobody fetched is left out, as long as those of the other are there: the annotations come in
@@ -52,6 +52,7 @@ def read_coco_folder(paths: Sequence[Path]) -> CaptionFile:
 
     Args:
         paths: One or two caption files of one year.
+        find_photos: Whether photos are looked for; if not, no file is left out.
 
     Returns:
         What they say.
@@ -59,7 +60,7 @@ def read_coco_folder(paths: Sequence[Path]) -> CaptionFile:
     Raises:
         DatasetError: They are not of one year, or cannot be read.
     """
-    with_photos = [path for path in paths if any(folder.is_dir() for folder in _photo_folders(path))]
+    with_photos = [path for path in paths if find_photos and any(map(Path.is_dir, _photo_folders(path)))]
     for path in paths:
         if with_photos and path not in with_photos:
             logger.warning("%s: its photos are not there; going on without it", path)

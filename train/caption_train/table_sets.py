@@ -6,8 +6,10 @@ The columns, or keys, are known by their names; see `docs/data.md`.
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +26,10 @@ _CAPTION = re.compile(r"captions?(?:_?\d+)?|comment|text|sentence")
 _SPLIT = ("split", "part")
 _FOLDERS = (".", "images", "Images")
 _DELIMITERS = ",\t;"
+_LIST_BEGINS = re.compile(r"""\s*\[\s*["']""")
+_PYTHON_TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+# With the commas, which NumPy leaves out: Python would join such texts to one.
+_PYTHON_LIST = re.compile(rf"\s*\[\s*{_PYTHON_TEXT}(?:\s*,\s*{_PYTHON_TEXT})*\s*\]\s*", re.DOTALL)
 _PHOTO = re.compile(r".+\.\w{3,5}")
 
 _Row = tuple[str, str, list[str], str | None]
@@ -110,13 +116,25 @@ def _columns(cells: Sequence[str]) -> tuple[int, list[int], int | None] | None:
 
 
 def _captions_of(cell: str, where: str) -> list[str]:
-    """A cell of captions: one, or a JSON list of several."""
-    if not cell.startswith('["'):
+    """A cell of captions: one, or a list of several as JSON or, which is what pandas writes, as Python has it."""
+    if not _LIST_BEGINS.match(cell):
         return [cell]
-    captions = parse_json(cell, where)
+    try:
+        captions = json.loads(cell)
+    except (ValueError, RecursionError):
+        captions = _python_list(cell)
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise DatasetError(f"{where}: expected a list of captions, found {cell[:60]!r}")
+        raise DatasetError(
+            f'{where}: expected a list of captions such as ["A dog.", "A dog runs."], found {cell[:60]!r}'
+        )
     return captions
+
+
+def _python_list(cell: str) -> list[str] | None:
+    try:
+        return list(ast.literal_eval(cell.strip())) if _PYTHON_LIST.fullmatch(cell) else None
+    except (ValueError, SyntaxError):  # an escape that there is not
+        return None
 
 
 def _json_rows(path: Path, text: str) -> Iterator[_Row]:
