@@ -374,6 +374,10 @@ def test_a_run_starts_from_another_one(run: Path, dataset: Dataset, cache: Path,
     assert open_run(folder).vocabulary == before.vocabulary
     again = tmp_path / "third"
     start_run(again, dataset, choices=CHOICES, config="paper", start_from=folder)
+    # What a shipped file says of the model and of the words is not asked for, the second time either.
+    assert start_run(again, dataset, choices=CHOICES, config="paper", start_from=folder) == run_settings(again)
+    with pytest.raises(TrainingError, match=r"other settings: model\.units was 32 and is now 9"):
+        start_run(again, dataset, choices=CHOICES, config="paper", changes=("model.units=9",))
     assert run_settings(again).training == load_settings("paper").training
     assert run_settings(again).model == replace(expected.model, dropout=0.5)
     assert json.loads((again / "run.json").read_text())["start_from"]["start_from"] == record["start_from"]

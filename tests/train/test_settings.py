@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from caption_rt.command_options import OPTION_NAMES
 from caption_rt.errors import OptionsError
 from caption_train.settings import CONFIGS, KEYS, asked_for, load_settings, read_settings, render, shipped
 
@@ -76,7 +77,8 @@ def test_what_is_rendered_is_read_back(tmp_path: Path) -> None:
         ("training.learning_rate=fast", "training.learning_rate must be a number, not 'fast'"),
         ("evaluation.sample=1", "evaluation.sample must be true or false, not 1"),
         ("training.epochs=0", "training.epochs must be at least 1, not 0"),
-        ("training.seed=-1", "training.seed must be at least 0, not -1"),
+        ("training.seed=-1", "training.seed must lie in 0 to 2147483647, not -1"),
+        ("training.seed=2147483648", "training.seed must lie in 0 to 2147483647, not 2147483648"),
         ("training.learning_rate=nan", "training.learning_rate must be a positive number, not nan"),
         ("training.clip_norm=inf", "training.clip_norm must be 0 or a positive number, not inf"),
         ("training.label_smoothing=1", "training.label_smoothing must lie in [0, 1), not 1.0"),
@@ -84,15 +86,17 @@ def test_what_is_rendered_is_read_back(tmp_path: Path) -> None:
         ("training.precision=float16", "training.precision must be 'auto', 'bfloat16' or 'float32', not 'float16'"),
         ("model.dropout=nan", "model.dropout must lie in [0, 1), not nan"),
         ("model.recurrence=carried", "model.recurrence must be 'carry' or 'reset', not 'carried'"),
-        ("captions.max_words=1001", "max_words must be a whole number from 1 to 1000, not 1001"),
-        ("evaluation.beam_size=0", "beam_size must be a whole number from 1 to 1000, not 0"),
-        ("evaluation.sample=true", "sampling keeps no beam: beam_size must be 1, not 3"),
+        ("captions.max_words=1001", "captions.max_words must be a whole number from 1 to 1000, not 1001"),
+        ("evaluation.beam_size=0", "evaluation.beam_size must be a whole number from 1 to 1000, not 0"),
+        ("evaluation.length_penalty=-1", "evaluation.length_penalty must be a number of at least 0, not -1.0"),
+        ("evaluation.sample=true", "sampling keeps no beam: evaluation.beam_size (in default) must be 1, not 3"),
     ],
 )
 def test_wrong_settings_are_one_sentence(change: str, sentence: str) -> None:
     with pytest.raises(OptionsError) as caught:
         load_settings(changes=[change])
-    assert sentence in str(caught.value)
+    # As the command says it, which calls parameters of the runtime by its own options.
+    assert sentence in str(caught.value.renamed(OPTION_NAMES))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,8 @@ def test_wrong_settings_are_one_sentence(change: str, sentence: str) -> None:
         (b"[modle]\nunits = 3", "there is no section 'modle'; did you mean model?"),
         (b"[model]\nunit = 3", "there is no setting 'model.unit'; did you mean model.units?"),
         (b"[model]\nunits = 'many'", "model.units must be a whole number, not 'many'"),
+        (b"[model]\ndropout = 1", "model.dropout (in {path}) must lie in [0, 1), not 1.0"),
+        (b"[evaluation]\nsample = true\nbeam_size = 2", "evaluation.beam_size (in {path}) must be 1, not 2"),
     ],
 )
 def test_wrong_files_are_one_sentence_with_their_name(tmp_path: Path, content: bytes, sentence: str) -> None:
@@ -112,7 +118,7 @@ def test_wrong_files_are_one_sentence_with_their_name(tmp_path: Path, content: b
     with pytest.raises(OptionsError) as caught:
         load_settings(str(path))
     assert str(path) in str(caught.value)
-    assert sentence in str(caught.value)
+    assert sentence.format(path=path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -14,16 +14,18 @@ import math
 import re
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from caption_rt.errors import OptionsError
+from caption_rt.errors import OptionsError, Parameter
 from caption_rt.options import DecodeOptions
 
 CONFIGS = ("default", "tutorial", "paper")
 """Names of the shipped files."""
+
+_LARGEST_SEED = 2**31 - 1  # TensorFlow's stateless random numbers take two of 32 bits
 
 Recurrence = Literal["carry", "reset"]
 InitialState = Literal["mean", "zeros"]
@@ -48,19 +50,26 @@ class _Section:
             allowed, value = get_args(kind), getattr(self, name)
             if allowed and value not in allowed:
                 choices = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}" if allowed[1:] else allowed[0]
-                raise OptionsError(f"{self._name(name)} must be {choices}, not {value!r}")
+                raise OptionsError(self._name(name), f" must be {choices}, not {value!r}")
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:
             if getattr(self, name) < least:
-                raise OptionsError(f"{self._name(name)} must be at least {least}, not {getattr(self, name)}")
+                raise OptionsError(self._name(name), f" must be at least {least}, not {getattr(self, name)}")
 
     def _within(self, name: str, range_: str, *, fits: bool) -> None:
         if not fits:
-            raise OptionsError(f"{self._name(name)} must {range_}, not {getattr(self, name)}")
+            raise OptionsError(self._name(name), f" must {range_}, not {getattr(self, name)}")
 
-    def _name(self, name: str) -> str:
-        return f"{type(self).__name__.removesuffix('Settings').lower()}.{name}"
+    def _decoding(self, **options: Any) -> DecodeOptions:
+        """Options of a search, whose errors name the settings that they come from."""
+        try:
+            return DecodeOptions(**options)
+        except OptionsError as exc:
+            raise exc.renamed({field.name: self._name(field.name) for field in fields(self)}) from exc
+
+    def _name(self, name: str) -> Parameter:
+        return Parameter(f"{type(self).__name__.removesuffix('Settings').lower()}.{name}")
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class CaptionsSettings(_Section):
             OptionsError: One is out of its range.
         """
         self._at_least(1, "vocabulary_size", "min_count", "max_words")
-        DecodeOptions(max_words=self.max_words)
+        self._decoding(max_words=self.max_words)
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,8 @@ class TrainingSettings(_Section):
         self._at_least(1, "epochs", "batch_size", "checkpoint_steps")
         # Of one sample alone there are no others.
         self._at_least(2 if self.baseline == "samples" else 1, "samples")
-        self._at_least(0, "patience", "seed")
+        self._at_least(0, "patience")
+        self._within("seed", f"lie in 0 to {_LARGEST_SEED}", fits=0 <= self.seed <= _LARGEST_SEED)
         self._within("learning_rate", "be a positive number", fits=0 < self.learning_rate < math.inf)
         for name in ("clip_norm", "attention_penalty"):
             self._within(name, "be 0 or a positive number", fits=0 <= getattr(self, name) < math.inf)
@@ -186,7 +196,7 @@ class EvaluationSettings(_Section):
 
     def decoding(self, max_words: int) -> DecodeOptions:
         """As options of a search, for captions of at most so many words."""
-        return DecodeOptions(
+        return self._decoding(
             beam_size=self.beam_size,
             length_penalty=self.length_penalty,
             sample=self.sample,
@@ -244,7 +254,28 @@ def load_settings(config: str = "default", changes: Sequence[str] = ()) -> Setti
         OptionsError: There is no such file, it is no TOML, or a setting in it or among the changes is unknown, of the
             wrong type or out of its range.
     """
-    return _parsed(shipped("default"), "default.toml").changed(asked_for(config, changes))
+    return settings_from(_parsed(shipped("default"), "default.toml"), config, changes)
+
+
+def settings_from(
+    before: Settings, config: str | None, changes: Sequence[str], *, without: Container[str] = ()
+) -> Settings:
+    """Other settings, but for what a command asks for.
+
+    Args:
+        before: The other ones.
+        config: As in `load_settings`, if there is one.
+        changes: As there.
+        without: Keys that stay as they were, whatever is asked for.
+
+    Raises:
+        OptionsError: As there.
+    """
+    asked, said = asked_for(config, changes), asked_for(None, changes)
+    try:
+        return before.changed({key: value for key, value in asked.items() if key not in without})
+    except OptionsError as exc:
+        raise exc.renamed({key: f"{key} (in {config})" for key in asked if key not in said}) from exc
 
 
 def asked_for(config: str | None, changes: Sequence[str]) -> dict[str, Any]:

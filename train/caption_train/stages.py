@@ -47,18 +47,16 @@ from caption_train.runs import (
     run_settings,
 )
 from caption_train.self_critical import Rules, SelfCritical, reward_of
-from caption_train.settings import CONFIGS, KEYS, Settings, asked_for, load_settings, render
+from caption_train.settings import CONFIGS, KEYS, Settings, asked_for, load_settings, render, settings_from
 from caption_train.sources import CachedGrids, FeatureSource
 from caption_train.training import BEST, LAST, START, Trainer
 
 logger = logging.getLogger(__name__)
 
 _GRID_SETTINGS = ("width", "size", "layer")  # of the extractor: a folder of weights brings its own
-_OF_THE_WEIGHTS = frozenset(  # what a run has in common with the one that it starts from
-    key
-    for key in KEYS
-    if key.startswith(("model.", "captions."))
-    or key in ("extractor.weights", *(f"extractor.{name}" for name in _GRID_SETTINGS))
+_GRIDS = frozenset(f"extractor.{name}" for name in _GRID_SETTINGS)
+_OF_THE_WEIGHTS = (  # what a run has in common with the one that it starts from
+    _GRIDS | {"extractor.weights"} | {key for key in KEYS if key.startswith(("model.", "captions."))}
 ) - {"model.dropout"}
 
 
@@ -102,7 +100,7 @@ def start_run(
     """
     data = {"dataset": {**counts(dataset), **choices}}
     if (folder / RUN).exists():
-        return _go_on(folder, data, asked_for(config, changes), changes, start_from)
+        return _go_on(folder, data, config, changes, start_from)
     left = [name for name in (HISTORY, LAST, BEST, START, VOCABULARY) if (folder / name).exists()]
     if start_from is not None and START in left:
         left = [name for name in left if name not in (START, VOCABULARY)]  # of such a start that was killed
@@ -131,22 +129,22 @@ def start_run(
 def _go_on(
     folder: Path,
     data: Mapping[str, Any],
-    asked: Mapping[str, Any],
+    config: str | None,
     changes: Sequence[str],
     start_from: Path | None,
 ) -> Settings:
     """See that a run is asked for again as it was begun."""
     settings, record = run_settings(folder), read_json(folder / RUN)
-    begun = settings.as_dict()
-    said = asked_for(None, changes)
-    for key, value in asked.items():
+    begun, explicit = settings.as_dict(), _explicit(config, changes)
+    # Of a shipped file, what the run may have from another one, or from a folder of weights, says nothing.
+    brought = _OF_THE_WEIGHTS if "start_from" in record else _GRIDS
+    for key, value in asked_for(config, changes).items():
+        if key in brought and key not in explicit:
+            continue
         section, _, name = key.partition(".")
         before = begun[section][name]
-        if section == "extractor":
-            if name in _GRID_SETTINGS and key not in said:
-                continue  # a folder of weights may have brought its own
-            if name == "weights":
-                before, value = Path(before).name, Path(value).resolve().name
+        if key == "extractor.weights":  # may have been moved
+            before, value = Path(before).name, Path(value).name
         if before != value:
             raise TrainingError(
                 f"{folder} was begun with other settings: {key} was {before!r} and is now {value!r}; give the same "
@@ -201,8 +199,7 @@ def _settings_from(begun: Run, config: str | None, changes: Sequence[str]) -> Se
                 f"{key} is {before[section][name]!r} in {begun.folder}, so it is in a run that starts from there: "
                 f"not {value!r}"
             )
-    asked = asked_for(config, changes)
-    return begun.settings.changed({key: value for key, value in asked.items() if key not in _OF_THE_WEIGHTS})
+    return settings_from(begun.settings, config, changes, without=_OF_THE_WEIGHTS)
 
 
 def _start_facts(begun: Run, settings: Settings) -> dict[str, Any]:
