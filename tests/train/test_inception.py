@@ -1,4 +1,5 @@
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -200,6 +201,24 @@ def test_save_and_load(tmp_path: Path, tiny: keras.Model) -> None:
     assert weights_key(loaded) == weights_key(tiny)
     pixels = photos(1, 75)
     np.testing.assert_array_equal(extract_with(loaded)(pixels), extract_with(tiny)(pixels))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a file's size are of Unix")
+def test_what_cannot_be_written_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, tiny: keras.Model, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "extractor-7.weights.h5").touch()  # of a process that was killed
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a full disk is: a file is cut, within a write
+    try:
+        with pytest.raises(TrainingError, match=r"extractor\.weights\.h5 cannot be written: .*File too large"):
+            save_extractor(tiny, TINY, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err == ""  # HDF5 has much to say of every array
 
 
 def test_load_refuses_a_folder_without_an_extractor(tmp_path: Path, tiny: keras.Model) -> None:

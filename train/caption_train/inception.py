@@ -51,6 +51,7 @@ DISTILLATION = "distillation.json"
 """Beside an extractor that was distilled: from which teacher, on what and how."""
 
 _INCEPTION_SMALLEST = 75
+_HDF5_OVERHEAD = 4096  # bytes for every array in a file, at most
 
 
 @dataclass(frozen=True)
@@ -437,11 +438,26 @@ def weights_key(model: keras.Model) -> str:
 
 
 def save_extractor(model: keras.Model, config: ExtractorConfig, folder: Path) -> None:
-    """Write ``extractor.weights.h5`` and ``extractor.json`` into a folder, each whole or not at all."""
+    """Write ``extractor.weights.h5`` and ``extractor.json`` into a folder, each whole or not at all.
+
+    Raises:
+        TrainingError: The weights cannot be written.
+        OSError: The folder cannot be made, or ``extractor.json`` not be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"extractor-{os.getpid()}.weights.h5"
-    model.save_weights(temporary)
-    os.replace(temporary, folder / "extractor.weights.h5")
+    for left in folder.glob("extractor-*.weights.h5"):
+        left.unlink()  # of a process that was killed while it wrote
+    temporary, target = folder / f"extractor-{os.getpid()}.weights.h5", folder / "extractor.weights.h5"
+    try:
+        # On a full disk HDF5 writes a traceback for everything that it could not write: it is given a file for which
+        # there is room.
+        temporary.write_bytes(bytes(4 * model.count_params() + _HDF5_OVERHEAD * len(model.weights)))
+        model.save_weights(temporary)
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as exc:  # HDF5 has both
+        raise TrainingError(f"{target} cannot be written: {first_line(exc)}") from exc
+    finally:
+        temporary.unlink(missing_ok=True)
     write_json(folder / "extractor.json", asdict(config))
 
 
