@@ -165,11 +165,12 @@ def test_captions_without_a_word_are_left_out(tmp_path: Path, caplog: pytest.Log
     folder = make_flickr8k(tmp_path, 4)
     with (folder / "Flickr8k.token.txt").open("a", encoding="utf-8") as file:
         file.write("0.jpg#2\t...\n9.jpg#0\t.\n")
+        file.write("0.jpg#3\t\N{DOG FACE}\n8.jpg#0\t'\n")  # words, but not for the scores
     dataset = load_dataset(folder)
     found = {image.path.name: image.captions for image in dataset.train + dataset.validation}
     assert found["0.jpg"] == ("A dog , number 0 .", "Dog 0")
     assert sorted(found) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
-    assert "2 captions without a word" in caplog.text
+    assert "4 captions without a word" in caplog.text
 
 
 def test_coco_is_read_split_and_limited(tmp_path: Path) -> None:

@@ -176,4 +176,4 @@ def _written(token: str) -> tuple[str, ...]:
         return ({"&amp;": "&", "&lt;": "<", "&gt;": ">"}[lower],)
     if token > "\uffff" and len(token) == 1:  # beyond the lexer's 16 bits: left out
         return ()
-    return (lower.translate(_SIGNS) if not lower[0].isspace() else "",)
+    return (lower.translate(_SIGNS),)

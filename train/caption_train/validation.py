@@ -97,8 +97,12 @@ class Validation:
             self._options,
             batch_size=self._batch_size,
         )
-        captions = {str(i): self._vocabulary.decode(h.tokens) for i, h in zip(self._photos, hypotheses, strict=True)}
-        scores = score_captions(captions, {str(i): data.images[i].captions for i in self._photos})
+        photos = [data.images[i] for i in self._photos]
+        captions = {
+            str(photo.path): self._vocabulary.decode(found.tokens)
+            for photo, found in zip(photos, hypotheses, strict=True)
+        }
+        scores = score_captions(captions, {str(photo.path): photo.captions for photo in photos})
         record = {
             "val_loss": total / words,
             "perplexity": math.exp(min(total / words, 700)),
