@@ -1,5 +1,6 @@
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -132,9 +133,21 @@ def test_held_out_photos_are_held_out(teacher: Teacher, photos: list[Path], tmp_
 
 def test_only_the_newest_views_are_kept(teacher: Teacher, unbroken: Path) -> None:
     """After three rounds of a window of two: views 2 and 3, and the whole photos."""
-    keys = [json.loads(path.read_text())["key"] for path in teacher._folder.glob("*/key.json")]
-    numbers = sorted(int(key.split(" view ")[1].split()[0]) for key in keys)
-    assert numbers == [0, 2, 3]
+    assert views_in(teacher._folder) == [0, 2, 3]
+
+
+def views_in(folder: Path) -> list[int]:
+    keys = [json.loads(path.read_text())["key"] for path in folder.glob("*/key.json")]
+    return sorted(int(key.split(" view ")[1].split()[0]) for key in keys)
+
+
+def test_a_stop_leaves_no_older_views(teacher: Teacher, photos: list[Path], tmp_path: Path) -> None:
+    own = Teacher(teacher._extract, teacher.grid_shape, teacher.facts, "float32", tmp_path / "teacher")
+    run = Distillation(STUDENT, CONFIG, own, photos, tmp_path / "run")
+    own.look(run._train, 1)  # which would have been deleted when the teacher had seen view 3
+    run.step.assign(2 * ROUND)
+    next(run._batches())
+    assert views_in(tmp_path / "teacher") == [0, 2, 3]
 
 
 @pytest.mark.slow
@@ -178,6 +191,41 @@ def test_a_run_goes_on_elsewhere(unbroken: Path, teacher: Teacher, photos: list[
     assert (unbroken / SMALL).stat().st_size < 0.7 * (unbroken / "extractor.weights.h5").stat().st_size * 2
 
 
+def test_the_folder_of_a_run_with_nothing_left_to_do_has_its_student(
+    unbroken: Path, teacher: Teacher, photos: list[Path], tmp_path: Path
+) -> None:
+    """One that was killed between the last checkpoint and the student, and one that began where others had ended."""
+    killed = tmp_path / "killed"
+    shutil.copytree(unbroken, killed)
+    (killed / SMALL).unlink()
+    save_extractor(build_extractor(STUDENT), STUDENT, killed)
+    description = json.loads((killed / "distillation.json").read_text())
+    description["distillation"]["step"] = 28
+    (killed / "distillation.json").write_text(json.dumps(description))
+    for folder, start in ((killed, None), (tmp_path / "begun", unbroken / SMALL)):
+        run = Distillation(STUDENT, CONFIG, teacher, photos, folder, start)
+        run.run()
+        assert weights_key(load_extractor(folder)[0]) == weights_key(run.average)
+        assert int(np.load(folder / SMALL)["step"]) == 30
+        facts = json.loads((folder / "distillation.json").read_text())["distillation"]
+        assert facts["step"] == 30
+        assert facts["explained"] == pytest.approx(history(unbroken)[-1]["explained"], abs=2e-3)
+
+
+def test_a_run_goes_on_with_its_own_photos_alone(teacher: Teacher, photos: list[Path], tmp_path: Path) -> None:
+    @contextlib.contextmanager
+    def stopped(total: int, done: int) -> Iterator[Callable[[int, float], None]]:
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        run_distillation(photos, teacher, STUDENT, CONFIG, tmp_path, stopped)
+    with pytest.raises(TrainingError, match="begun with another dataset: photos was 24 and is now 23; give the same"):
+        run_distillation(photos[1:], teacher, STUDENT, CONFIG, tmp_path, silent)
+    with pytest.raises(TrainingError, match="begun with another dataset: names_sha256 was"):  # others are held out
+        run_distillation(photos[::-1], teacher, STUDENT, CONFIG, tmp_path, silent)
+
+
 def test_the_learning_rate(unbroken: Path, teacher: Teacher, photos: list[Path], tmp_path: Path) -> None:
     """It falls along a cosine over the run; an optimiser that begins later is warmed up all the same."""
     config = replace(CONFIG, rounds=12)  # 120 steps, of which 3.6 are a warm-up
@@ -197,11 +245,13 @@ def test_the_learning_rate(unbroken: Path, teacher: Teacher, photos: list[Path],
 def test_a_start_that_does_not_fit(unbroken: Path, teacher: Teacher, photos: list[Path], tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"small\.npz is of another student: it has \(7, 7, 3, 8\) where this has"):
         Distillation(replace(STUDENT, width=0.5), CONFIG, teacher, photos, tmp_path, unbroken / SMALL)
-    with pytest.raises(TrainingError, match=r"nothing\.npz cannot be read as the start of a student"):
-        Distillation(STUDENT, CONFIG, teacher, photos, tmp_path, tmp_path / "nothing.npz")
+    run = Distillation(STUDENT, CONFIG, teacher, photos, tmp_path)
     (tmp_path / "text.npz").write_text("no weights")
-    with pytest.raises(TrainingError, match=r"text\.npz cannot be read as the start of a student"):
-        Distillation(STUDENT, CONFIG, teacher, photos, tmp_path, tmp_path / "text.npz")
+    (tmp_path / "empty.npz").touch()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name in ("nothing.npz", "text.npz", "empty.npz", "array.npy"):
+        with pytest.raises(TrainingError, match=rf"{name} cannot be read as the start of a student"):
+            run._start(tmp_path / name)
 
 
 def test_grids_of_another_size(photos: list[Path], teacher: Teacher, tmp_path: Path) -> None:

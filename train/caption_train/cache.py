@@ -84,7 +84,7 @@ class GridCache:
         Raises:
             TrainingError: The folder cannot be written, or what it holds under this key has another shape or format.
         """
-        own = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+        own = cls._own(folder, key)
         facts = {
             "format_version": FORMAT_VERSION,
             "key": key,
@@ -107,6 +107,29 @@ class GridCache:
             raise TrainingError(f"the cache folder {own} cannot be used: {exc.strerror or exc}") from exc
         except (ValueError, KeyError, TypeError) as exc:
             raise TrainingError(f"{own / 'key.json'} is damaged; delete that folder") from exc
+
+    @classmethod
+    def delete(cls, folder: Path, key: str) -> None:
+        """Deletes the cache of one key, where there is one.
+
+        Args:
+            folder: As for `open`.
+            key: As for `open`.
+
+        Raises:
+            TrainingError: It cannot be deleted.
+        """
+        own = cls._own(folder, key)
+        try:
+            if own.exists():
+                shutil.rmtree(own)
+        except OSError as exc:
+            raise TrainingError(f"the cache folder {own} cannot be deleted: {exc.strerror or exc}") from exc
+
+    @staticmethod
+    def _own(folder: Path, key: str) -> Path:
+        """A key's own folder."""
+        return folder / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         """How many photos are in the cache."""

@@ -12,6 +12,7 @@ No weight of the teacher enters the student: it starts at random and sees the te
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -34,7 +35,7 @@ from caption_rt.errors import OptionsError
 from caption_train.captioned import CaptionedImage
 from caption_train.checkpoints import Checkpoints, tensorflow_errors
 from caption_train.distill_progress import Examiner
-from caption_train.distill_views import WHOLE, Teacher, Views, compute_in_bfloat16, forget, read_view
+from caption_train.distill_views import WHOLE, Teacher, Views, compute_in_bfloat16, read_view
 from caption_train.errors import TrainingError, first_line
 from caption_train.files import (
     append_json_line,
@@ -192,6 +193,8 @@ class Distillation:
             ImageError: A photo is gone since the teacher saw it.
             OSError: The folder cannot be written.
         """
+        if int(self.step) and self._described() != int(self.step):
+            self._write_student()  # of a run that was killed before it did, or that began elsewhere
         history = [row for row in read_json_lines(self.folder / _HISTORY) if row["step"] <= int(self.step)]
         rewrite_json_lines(self.folder / _HISTORY, history)
         started, losses = time.monotonic(), list[float]()
@@ -216,9 +219,7 @@ class Distillation:
                 # The record goes first, as in `caption_train.training`: after a kill in between it is written again.
                 append_json_line(self.folder / _HISTORY, record)
                 self._checkpoints.save(step)
-                self._write_small()
-                save_extractor(self.average, self.student_config, self.folder)
-                self._describe(record)
+                self._write_student(record)
                 losses.clear()
         return self.folder
 
@@ -262,16 +263,18 @@ class Distillation:
 
     def _batches(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.int32]]]:
         """Batches from the current step to the last, read ahead; the same ones after a stop as without it."""
-        kept: deque[Views] = deque()
+        kept: list[Views] = []
         while int(self.step) < self.total_steps:
-            number = int(self.step) // self.steps_a_round
-            for earlier in range(max(int(self.first_round), number - self.config.window + 1), number + 1):
-                if earlier + 1 not in [views.number for views in kept]:
-                    kept.append(self.teacher.look(self._train, earlier + 1))
-                    logger.info("the teacher has seen view %d of %d photos", earlier + 1, len(kept[-1].paths))
-            while len(kept) > self.config.window:
-                forget(kept.popleft())
-            yield from self._batches_of(list(kept), (number + 1) * self.steps_a_round)
+            first, number = int(self.first_round), int(self.step) // self.steps_a_round
+            oldest = max(first, number - self.config.window + 1)
+            # By their numbers and before the teacher looks: a stop may have come when they should have been deleted.
+            for earlier in range(first, oldest):
+                self.teacher.forget(self._train, earlier + 1)
+            kept = [views for views in kept if views.number > oldest]
+            for earlier in range(oldest + len(kept), number + 1):
+                kept.append(self.teacher.look(self._train, earlier + 1))
+                logger.info("the teacher has seen view %d of %d photos", earlier + 1, len(kept[-1].paths))
+            yield from self._batches_of(kept, (number + 1) * self.steps_a_round)
 
     def _batches_of(
         self, views: Sequence[Views], end: int
@@ -302,6 +305,16 @@ class Distillation:
         models = (self.average, self.average_head) if averages else (self.student, self.head)
         return [weight.value for model in models for weight in model.weights]
 
+    def _write_student(self, found: Mapping[str, float] | None = None) -> None:
+        """Write the student as it is.
+
+        Args:
+            found: What `validate` found of it, if it was asked already.
+        """
+        self._write_small()
+        save_extractor(self.average, self.student_config, self.folder)
+        self._describe(found or self.validate())  # last: it says of which step the others are
+
     def _write_small(self) -> None:
         """Write `SMALL`: kernels in float16."""
         arrays = [np.asarray(weight) for weight in self._weights(averages=True)]
@@ -310,13 +323,19 @@ class Distillation:
         np.savez(temporary, *arrays, step=np.int64(int(self.step)))
         os.replace(temporary, self.folder / SMALL)
 
-    def _describe(self, record: Mapping[str, float]) -> None:
+    def _described(self) -> int | None:
+        """The step of the student that the folder has; None if it has none."""
+        path = self.folder / DISTILLATION
+        return int(read_json(path)["distillation"]["step"]) if path.exists() else None
+
+    def _describe(self, found: Mapping[str, float]) -> None:
         """Write what model cards say of the extractor as it is."""
         facts = {
             "photos": len(self._train),
             "teacher": self.teacher.facts,
             "options": asdict(self.config),
-            **{name: record[name] for name in ("step", "explained", "explained_means")},
+            "step": int(self.step),
+            **{name: found[name] for name in ("explained", "explained_means")},
         }
         write_json(self.folder / DISTILLATION, {"distillation": facts})
 
@@ -326,7 +345,8 @@ class Distillation:
             with np.load(path, allow_pickle=False) as found:
                 step = int(found["step"])
                 arrays = [found[f"arr_{i}"] for i in range(len(self._pairs))]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as exc:
+        # What NumPy stumbles over in a file that is no .npz depends on the file's first bytes.
+        except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, zipfile.BadZipFile) as exc:
             raise TrainingError(f"{path} cannot be read as the start of a student: {first_line(exc)}") from exc
         for (mean, weight), array in zip(self._pairs, arrays, strict=True):
             if array.shape != tuple(weight.shape):
@@ -413,6 +433,12 @@ def _hold_out(photos: Sequence[Path], config: DistillConfig) -> tuple[list[Path]
     return train, [photos[i] for i in sorted(held_out)]
 
 
+def _names(photos: Sequence[Path]) -> dict[str, Any]:
+    """What a run notes of its photos; their order says which ones are held out."""
+    names = "\n".join(path.name for path in photos)
+    return {"photos": len(photos), "names_sha256": hashlib.sha256(names.encode()).hexdigest()}
+
+
 def _flip(photos: tf.Tensor, target: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Flip every other photo together with its grid.
 
@@ -450,7 +476,7 @@ def run_distillation(
 
     Raises:
         OptionsError: The grids of student and teacher differ in size.
-        TrainingError: The folder holds a run with other options; see `Distillation` and `Examiner`.
+        TrainingError: The folder holds a run with other options or photos; see `Distillation` and `Examiner`.
         OSError: The folder cannot be written.
     """
     theirs, ours = teacher.grid_shape[:2], build_extractor(student_config).output_shape[1:3]
@@ -463,6 +489,7 @@ def run_distillation(
         "teacher": teacher.facts,
         "student": asdict(student_config),
         "options": asdict(config),
+        "dataset": _names(photos),
     }
     if (folder / _OPTIONS).exists():
         refuse_other_options(folder, read_json(folder / _OPTIONS), options)

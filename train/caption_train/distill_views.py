@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -180,17 +179,20 @@ class Teacher:
         readable = [int(i) for i in np.flatnonzero(found != ABSENT)]
         return Views(number, tuple(photos[i] for i in readable), found[readable], cache)
 
+    def forget(self, photos: Sequence[Path], number: int) -> None:
+        """Delete what it said about one view of these photos, if that is there, because it is not learnt from any more.
+
+        Raises:
+            TrainingError: It cannot be deleted.
+        """
+        GridCache.delete(self._folder, self._key(photos, number))
+
     def _key(self, photos: Sequence[Path], number: int) -> str:
         key = f"{json.dumps(self.facts, sort_keys=True)} {self._computes_in} reading {READING} view {number}"
         if number == WHOLE:
             return key
         names = hashlib.sha256("\n".join(path.name for path in photos).encode()).hexdigest()
         return f"{key} among {names}"
-
-
-def forget(views: Views) -> None:
-    """Delete grids that are not learnt from any more."""
-    shutil.rmtree(views.cache.folder)
 
 
 def compute_in_bfloat16(model: keras.Model) -> None:
