@@ -6,6 +6,7 @@ without that, and the few things that matter are read here. The formats: ITU-T T
 specification (third edition), GIF89a, TIFF 6.0 and its big sibling, RFC 9649 (WebP), ISO 23008-12 (HEIF, AVIF).
 """
 
+import io
 import re
 import struct
 import zlib
@@ -32,6 +33,23 @@ class Parts:
     """The ICC profile; empty as for `exif`."""
     size: tuple[int, int] | None = None
     """Width and height in pixels that the file states; None where Pillow tells them before it takes memory for them."""
+
+
+class _Kept:
+    """A file without some stretches of it, in memory that does not grow with their number."""
+
+    def __init__(self, data: bytes) -> None:
+        self._whole, self._kept, self._begun = memoryview(data), io.BytesIO(), 0
+
+    def drop(self, start: int, end: int) -> None:
+        """Leave out a stretch; each begins behind the one before."""
+        self._kept.write(self._whole[self._begun : start])
+        self._begun = end
+
+    def data(self) -> bytes:
+        """The file without them."""
+        self._kept.write(self._whole[self._begun :])
+        return self._kept.getvalue()
 
 
 def take_apart(kind: str, data: bytes) -> Parts:
@@ -118,18 +136,15 @@ def is_cut_short(kind: str, data: bytes) -> bool:
     return at != len(data)
 
 
+# A mark that a length follows; before it there may be fill bytes of 255, junk, and marks that stand alone.
+_JPEG_MARK = re.compile(rb"\xff[^\0\x01\xd0-\xd8\xff]")
+
+
 def _jpeg(data: bytes) -> Parts:
-    whole = memoryview(data)
-    kept, exif, xmp, profile, at = [whole[:2]], b"", b"", {}, 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF or data[at + 1] == 0xFF:  # junk, or fill bytes
-            after = data.find(b"\xff", at + 1)
-            if after < 0:
-                break
-            kept.append(whole[at:after])
-            at = after
-            continue
-        marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    kept, exif, xmp, profile, at = _Kept(data), bytearray(), b"", {}, 2
+    while (found := _JPEG_MARK.search(data, at)) and found.end() + 2 <= len(data):
+        at, marker = found.start(), data[found.start() + 1]
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if marker in (0xDA, 0xD9) or end > len(data):  # the pixels begin
             break
         content = data[at + 4 : end]
@@ -140,11 +155,10 @@ def _jpeg(data: bytes) -> Parts:
         elif marker == 0xE2 and content.startswith(b"ICC_PROFILE\0") and len(content) > 14:
             profile[content[12]] = content[14:]
         # JFIF and Adobe's mark tell what the colours are; the other marks and comments are no matter of the decoder.
-        if not (0xE1 <= marker <= 0xEF and marker != 0xEE) and marker != 0xFE:
-            kept.append(whole[at:end])
+        if (0xE1 <= marker <= 0xEF and marker != 0xEE) or marker == 0xFE:
+            kept.drop(at, end)
         at = end
-    kept.append(whole[at:])
-    return Parts(b"".join(kept), exif, xmp, b"".join(profile[number] for number in sorted(profile)))
+    return Parts(kept.data(), bytes(exif), xmp, b"".join(profile[number] for number in sorted(profile)))
 
 
 # What is needed to decode the pixels of the picture that every viewer shows.
@@ -152,25 +166,25 @@ _PNG_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 
 
 def _png(data: bytes) -> Parts:
-    whole = memoryview(data)
-    kept, exif, xmp, profile, at = [whole[:8]], b"", b"", b"", 8
+    kept, exif, raw, xmp, profile, at = _Kept(data), b"", b"", b"", b"", 8
     while at + 12 <= len(data):
         name, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
         if end > len(data):
             break
-        if name in _PNG_CHUNKS:
-            kept.append(whole[at:end])
-        elif name == b"eXIf":
+        if name == b"eXIf":
             exif = data[at + 8 : end - 4]
         elif name == b"iCCP":
-            profile = _inflate(data[at + 8 : end - 4].partition(b"\0")[2][1:])
+            profile = data[at + 8 : end - 4]
         elif name == b"zTXt" and data[at + 8 : end].startswith(b"Raw profile type exif\0"):
-            exif = exif or _raw_profile(_inflate(data[at + 30 : end - 4][1:]))
+            raw = data[at + 31 : end - 4]
         elif name == b"iTXt" and data[at + 8 : end].startswith(b"XML:com.adobe.xmp\0\0"):
             xmp = data[at + 8 : end - 4]
+        if name not in _PNG_CHUNKS:
+            kept.drop(at, end)
         at = end
-    kept.append(whole[at:])
-    return Parts(b"".join(kept), exif, xmp, profile)
+    # Here, because each may be there any number of times, and a few bytes become megabytes.
+    exif = exif or _raw_profile(_inflate(raw))
+    return Parts(kept.data(), exif, xmp, _inflate(profile.partition(b"\0")[2][1:]))
 
 
 def _inflate(data: bytes) -> bytes:
@@ -194,6 +208,7 @@ def _raw_profile(text: bytes) -> bytes:
 def _gif(data: bytes) -> Parts:
     """The screen and the first frame: a frame may be larger than the screen, and Pillow then widens the screen."""
     screen = struct.unpack_from("<HH", data, 6)
+    whole = bytearray(data)
     at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
     while data[at] != 0x2C:  # the image descriptor
         if data[at] == 0x3B:  # the end
@@ -201,9 +216,9 @@ def _gif(data: bytes) -> Parts:
         if data[at] != 0x21:  # junk rather than an extension
             at += 1
             continue
-        if data[at + 1] == 0xF9 and data[at + 3] & 0x1C:
+        if data[at + 1] == 0xF9:
             # What is to become of the frame when the next one comes; Pillow takes memory for that at once.
-            data = data[: at + 3] + bytes([data[at + 3] & ~0x1C]) + data[at + 4 :]
+            whole[at + 3] &= ~0x1C
         at += 2
         while data[at]:
             at += data[at] + 1
@@ -211,8 +226,8 @@ def _gif(data: bytes) -> Parts:
     left, top, width, height = struct.unpack_from("<HHHH", data, at + 1)
     size = max(screen[0], left + width), max(screen[1], top + height)
     if size != screen and max(size) <= 0xFFFF:
-        data = data[:6] + struct.pack("<HH", *size) + data[10:]
-    return Parts(data, size=size)
+        struct.pack_into("<HH", whole, 6, *size)
+    return Parts(bytes(whole), size=size)
 
 
 def _webp(data: bytes) -> Parts:

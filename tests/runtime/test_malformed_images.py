@@ -1,11 +1,19 @@
 """The malformed photos: each gives pixels or one sentence, whatever is wrong, and none takes the reader down."""
 
+import io
 import json
+import struct
 import subprocess
 import sys
+import tracemalloc
+import zlib
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from caption_rt._containers import take_apart
+from caption_rt.image import read_photo
 from runtime.make_malformed_images import NOT_PHOTOS, make
 
 # Reads in a process of its own, where a crash shows as its exit code and what libraries print shows as well.
@@ -78,6 +86,41 @@ def test_each_gives_pixels_or_one_sentence_with_its_name(corpus, results):
 
 def test_memory_stays_small_before_files_that_state_huge_sizes(results):
     assert results[1] < 600 * 1024
+
+
+def test_what_stands_in_a_file_many_times_takes_no_more_than_the_file(photos):
+    """Memory in take_apart; and where each would cost a copy of the file, this test does not end."""
+    jpeg, png, gif = photos[0].read_bytes(), made("PNG"), made("GIF")
+    palette = 13 + (3 << (gif[10] & 7) + 1)
+    chunks = png.index(b"IDAT") - 4
+    empty = {name: struct.pack(">I4sI", 0, name, zlib.crc32(name)) for name in (b"IDAT", b"tEXt")}
+    for kind, data, at, unit in (
+        ("JPEG", jpeg, 2, b"\xff"),
+        ("JPEG", jpeg[:2], 2, b"\xff"),
+        ("JPEG", jpeg, 2, b"\xff\xfe\0\2\xff"),  # a comment and a fill byte
+        ("JPEG", jpeg, 2, b"\xff\xe1\0\x09Exif\0\0a"),
+        ("PNG", png, chunks, empty[b"IDAT"]),
+        ("PNG", png, chunks, empty[b"tEXt"] + empty[b"IDAT"]),
+        ("GIF", gif, palette, b"!\xf9\4\x1c\0\0\0\0"),
+    ):
+        size = 2**20 if kind == "GIF" else 2**17
+        hostile = data[:at] + unit * (size // len(unit)) + data[at:]
+        tracemalloc.start()
+        taken = take_apart(kind, hostile)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2.5 * len(hostile), (kind, unit)
+        if len(data) > 2:
+            assert np.array_equal(read_photo(hostile, 75), read_photo(data, 75))
+        if kind == "GIF":
+            assert taken.data.count(b"!\xf9\4\0\0\0\0\0") == hostile.count(unit)
+
+
+def made(kind):
+    """A picture in a format of Pillow."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 30, 40)).save(file, kind)
+    return file.getvalue()
 
 
 def test_every_cut_file_that_is_refused_says_that_it_is_cut_short(results):
