@@ -280,19 +280,54 @@ def test_a_clock_that_was_set_back(data: Made, unbroken: Trainer, tmp_path: Path
     assert int(tiny_trainer(data, folder).step) == STEPS
 
 
-def test_a_damaged_record_of_checkpoints_and_a_start_without_one(data: Made, tmp_path: Path) -> None:
+DAMAGED = [b"", b"\0" * 200, b"\xff\xfe\x00", b"no protocol buffer", b'model_checkpoint_path: "ckpt-15"\nall_mod', None]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_record_of_checkpoints(tmp_path: Path, content: bytes | None) -> None:
+    """As a power cut leaves it: what is there is taken, by its number, and what is too much deleted later on."""
+    value = tf.Variable(0)
+    for step in (3, 6, 9, 10, 12, 15):
+        value.assign(step)
+        Checkpoints(tmp_path, 5, {"value": value}).save(step)
+    damage(tmp_path / "checkpoint", content)
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-15")
+    (tmp_path / "ckpt-15.index").write_bytes(b"")
+    checkpoints = Checkpoints(tmp_path, 5, {"value": value})
+    assert checkpoints.restore()
+    assert int(value) == 12
+    checkpoints.save(15)
+    checkpoints.save(18)
+    assert sorted(path.stem for path in tmp_path.glob("*.index")) == [f"ckpt-{n}" for n in (10, 12, 15, 18, 9)]
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-18")
+
+
+def damage(state: Path, content: bytes | None) -> None:
+    if content is None:
+        state.unlink()
+    else:
+        state.write_bytes(content)
+
+
+def test_nothing_begins_anew_where_there_are_checkpoints(data: Made, unbroken: Trainer, tmp_path: Path) -> None:
     """Going on from the beginning would overwrite what is there."""
-    (tmp_path / "last").mkdir()
-    for content in (b"\xff\xfe\x00", b"no protocol buffer", b""):
-        (tmp_path / "last" / "checkpoint").write_bytes(content)
-        with pytest.raises(TrainingError, match="checkpoint, which says what checkpoints there are, is damaged: put a"):
-            latest_checkpoint(tmp_path / "last")
-        with pytest.raises(TrainingError, match="is damaged"):
-            Checkpoints(tmp_path / "last", 1, {})
-    shutil.rmtree(tmp_path / "last")
-    (tmp_path / "start").mkdir()
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.folder, folder)
+    (folder / "last" / "checkpoint").unlink()
+    assert int(tiny_trainer(data, folder).step) == STEPS
+    for path in (folder / "last").glob("*.index"):
+        path.write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"no checkpoint in .*last can be read: begin anew in another folder"):
+        tiny_trainer(data, folder)
+    for path in (folder / "last").iterdir():
+        path.unlink()
+    (folder / "last" / "checkpoint").touch()
+    with pytest.raises(TrainingError, match="checkpoint, which says what checkpoints there are, is damaged: put a"):
+        tiny_trainer(data, folder)
+    shutil.rmtree(folder / "last")
+    (folder / "start").mkdir()
     with pytest.raises(TrainingError, match="start has no checkpoint to begin with: begin anew in another folder"):
-        tiny_trainer(data, tmp_path)
+        tiny_trainer(data, folder)
 
 
 def test_a_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:

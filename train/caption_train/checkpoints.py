@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import glob
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 # TensorFlow's reader of checkpoints turns some of its errors into Python's.
 _UNREADABLE = (tf.errors.OpError, LookupError, RuntimeError)
 
+_STATE = "checkpoint"  # CheckpointManager's file
+
 
 def latest_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint of a folder, without the endings of its files; None where there never was one.
@@ -27,22 +31,35 @@ def latest_checkpoint(folder: Path) -> str | None:
     TensorFlow's function of this name takes the folder for a pattern; see `plain_path`.
 
     Raises:
-        TrainingError: What the folder says of its checkpoints is damaged.
+        TrainingError: What the folder says of its checkpoints is damaged, and there are none.
     """
-    state = _state(folder)
-    return None if state is None else str(state.model_checkpoint_path)
+    paths = _checkpoints(folder)
+    return paths[-1] if paths else None
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    """The checkpoints of a folder, oldest first: those that the manager wrote down, or else those that are there.
+
+    TensorFlow does not wait until the disk has what it wrote down, so a power cut may leave an empty file.
+    """
+    if (state := _state(folder)) is not None:
+        return list(state.all_model_checkpoint_paths) or [state.model_checkpoint_path]
+    named = [re.fullmatch(r"ckpt-(\d+)\.index", path.name) for path in folder.glob("ckpt-*.index")]
+    numbers = sorted(int(name[1]) for name in named if name)
+    path = folder / _STATE
+    if numbers:
+        logger.warning("%s is missing or damaged: taking the checkpoints that are there", path)
+    elif path.exists():
+        raise TrainingError(f"{path}, which says what checkpoints there are, is damaged: put a copy of it in its place")
+    return [str(folder / f"ckpt-{number}") for number in numbers]
 
 
 def _state(folder: Path) -> Any:
-    """Which checkpoints there are, as the manager wrote it down: a CheckpointState, or None."""
-    path = folder / "checkpoint"
+    """Which checkpoints there are, as the manager wrote it down: a CheckpointState; None if that cannot be read."""
     try:
-        state = tf.train.get_checkpoint_state(str(folder))
+        return tf.train.get_checkpoint_state(str(folder))
     except ValueError:  # no text, or nothing in it
-        state = None
-    if state is None and path.exists():
-        raise TrainingError(f"{path}, which says what checkpoints there are, is damaged: put a copy of it in its place")
-    return state
+        return None
 
 
 @contextlib.contextmanager
@@ -113,14 +130,18 @@ class Checkpoints:
             folder: Created by the first `save`.
             keep: How many stay.
             parts: Names to models, optimisers and variables. A checkpoint must hold all of them and no others.
-
-        Raises:
-            TrainingError: What the folder says of its checkpoints is damaged.
         """
-        _state(folder)
-        self._folder = folder
+        self._folder, self._keep = folder, keep
         self._checkpoint = tf.train.Checkpoint(**parts)
-        self._manager = tf.train.CheckpointManager(self._checkpoint, str(folder), max_to_keep=keep)
+
+    @cached_property
+    def _manager(self) -> tf.train.CheckpointManager:
+        """What writes and deletes, made where something is written."""
+        paths = _checkpoints(self._folder)
+        if paths and _state(self._folder) is None:
+            times = [Path(f"{path}.index").stat().st_mtime for path in paths]  # else it would not delete them
+            tf.compat.v1.train.update_checkpoint_state(str(self._folder), paths[-1], paths, None, times)
+        return tf.train.CheckpointManager(self._checkpoint, str(self._folder), max_to_keep=self._keep)
 
     def save(self, step: int) -> None:
         """Write a checkpoint, whole or not at all.
@@ -128,8 +149,8 @@ class Checkpoints:
         Raises:
             TrainingError: It cannot be written.
         """
-        before = self._manager.checkpoints
         with tensorflow_errors(f"writing a checkpoint to {self._folder}"):
+            before = self._manager.checkpoints
             self._manager.save(step)
         # The manager takes the folder for a pattern when it deletes, too.
         for name in {Path(path).name for path in before} - {Path(path).name for path in self._manager.checkpoints}:
@@ -147,8 +168,7 @@ class Checkpoints:
         """
         # Not the manager's own list: it leaves out what is older than the clock says now, so that after a clock was set
         # back a run would begin anew.
-        state = _state(self._folder)
-        paths = list(state.all_model_checkpoint_paths) if state else []
+        paths = _checkpoints(self._folder)
         for path in reversed(paths):
             try:
                 with plain_path(path) as plain:
