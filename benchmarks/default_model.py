@@ -115,8 +115,7 @@ def main():
     ways = {"tutorial, eager": (TutorialCaptions(), paths[:8])}
     for bundle in arguments.bundles:
         captions = BundleCaptions(bundle, arguments.beam)
-        name = f"{captions.captioner.bundle.manifest.name}, {captions.captioner.precision}"
-        ways[name] = (captions, paths)
+        ways[f"{bundle}, {captions.captioner.precision}"] = (captions, paths)
     rates = {name: [] for name in ways}
     for number in range(arguments.rounds + 1):
         for name in random.sample(list(ways), len(ways)):

@@ -7,7 +7,7 @@ turns. TensorFlow runs the trained run from which the bundle was exported: eager
 tf.function. OpenVINO, where it is installed, runs the bundle's own graphs. Prints one table of medians: bytes of the
 graphs or weights; seconds from the start of the process to the first caption, imports included, and of these the
 loading; photos a second, 16 at a time; milliseconds a photo, one at a time; peak memory; and with --dataset CIDEr and
-BLEU-4 on its validation photos, and how many captions are those of fp32.
+BLEU-4 on its validation photos, and how many captions are those of fp32, if the bundle has it.
 
 ONNX Runtime has two rows a precision: without and with graphs that it optimised before (CAPTION_RT_CACHE).
 """
@@ -139,7 +139,7 @@ def work(way: str, precision: str, arguments: argparse.Namespace) -> None:
 
 
 def scores(arguments: argparse.Namespace, precisions: list[str]) -> dict[str, dict[str, float]]:
-    """CIDEr, BLEU-4 and the share of equal captions of each precision, through caption_rt."""
+    """CIDEr, BLEU-4 and, beside fp32, the share of equal captions of each precision, through caption_rt."""
     from caption_train.datasets import load_dataset
     from caption_train.runs import data_choices
     from caption_train.scores import score_captions
@@ -147,28 +147,33 @@ def scores(arguments: argparse.Namespace, precisions: list[str]) -> dict[str, di
     photos = load_dataset(arguments.dataset, images=arguments.images, **data_choices(arguments.run)).validation
     references = {str(photo.path): photo.captions for photo in photos}
     found: dict[str, dict[str, float]] = {}
-    wanted: list[tuple[int, ...]] = []
+    tokens: dict[str, list[tuple[int, ...]]] = {}
     for precision in precisions:
         captioner = Captioner.load(arguments.bundle, "cpu", precision=precision)
         captions = list(captioner.caption_many(list(references), OPTIONS))
-        tokens = [caption.tokens for caption in captions]
-        wanted = wanted or tokens
+        tokens[precision] = [caption.tokens for caption in captions]
         texts = {name: caption.text for name, caption in zip(references, captions, strict=True)}
         values = score_captions(texts, references)
-        equal = statistics.mean(x == y for x, y in zip(tokens, wanted, strict=True))
-        found[precision] = {"CIDEr": values["CIDEr"], "BLEU-4": values["BLEU-4"], "equal": equal}
+        found[precision] = {"CIDEr": values["CIDEr"], "BLEU-4": values["BLEU-4"]}
+    for precision in precisions if "fp32" in tokens else ():
+        pairs = zip(tokens[precision], tokens["fp32"], strict=True)
+        found[precision]["equal"] = statistics.mean(x == y for x, y in pairs)
     return found
 
 
 def sizes(arguments: argparse.Namespace) -> dict[str, int]:
-    """Bytes of the graphs by precision, and of the run's weights."""
+    """Bytes of the graphs by precision, and of the run's weights in single precision."""
+    from caption_train.runs import open_run
+
     manifest = Bundle.open(arguments.bundle).manifest
     of_graphs = {
         precision: sum(manifest.files[graph.file].size for graph in graphs.values())
         for precision, graphs in manifest.precisions.items()
     }
-    weights = [*arguments.run.glob("*.weights.h5"), *(arguments.run / "best").glob("*.data-*")]
-    return {**of_graphs, "": sum(path.stat().st_size for path in weights)}
+    # Not those of its files: a checkpoint has the optimisers' state, and what of the extractor was learnt once more.
+    run = open_run(arguments.run)
+    weights = [weight for network in (run.extractor, run.model) for weight in network.weights]
+    return {**of_graphs, "": 4 * sum(int(np.prod(weight.shape)) for weight in weights)}
 
 
 def measure(ways: list[tuple[str, str]], arguments: argparse.Namespace) -> dict[tuple[str, str, str], dict[str, float]]:
@@ -230,7 +235,7 @@ def main() -> None:
         name = " ".join(filter(None, (way, precision, kept and f"({kept})")))
         quality = scored.get(precision, {}) if way == "ONNX Runtime" and not kept else {}
         cells = [f"{quality[x]:{form}}" if quality else "" for x, form in (("CIDEr", ".3f"), ("BLEU-4", ".1f"))]
-        cells.append(f"{quality['equal']:.1%}" if quality else "")
+        cells.append(f"{quality['equal']:.1%}" if "equal" in quality else "")
         print(
             f"| {name} | {bytes_of[precision] / 1e6:.1f} | {row['first_s']:.2f} | {row['load_s']:.3f} | "
             f"{row['rate']:.1f} | {row['single_ms']:.1f} | {row['peak_mib']:.0f} | {' | '.join(cells)} |"

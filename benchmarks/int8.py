@@ -2,12 +2,12 @@
 
     python benchmarks/int8.py BUNDLE Flickr8k
 
-From the fp32 graphs of a bundle: ranges from 64 photos that were trained on, signal to quantisation noise on 64 others
-of them, captions of the validation photos by the runtime's greedy search. One row for each way of choosing ranges (the
-same in all three graphs); then, with the best of them for each graph, each graph alone, encoder and decoder alone, and
-the latter as ONNX Runtime's quantize_dynamic makes them (ranges found for each batch), and some of the nodes that
-lose most kept in float32. The last column is how many photos get the words that they get in a batch of 16 when they are
-captioned alone.
+From the fp32 graphs of a bundle, which the default one has not (docs/export.md says how to make one that has): ranges
+from 64 photos that were trained on, signal to quantisation noise on 64 others of them, captions of the validation
+photos by the runtime's greedy search. One row for each way of choosing ranges (the same in all three graphs); then,
+with the best of them for each graph, each graph alone, encoder and decoder alone, and the latter as ONNX Runtime's
+quantize_dynamic makes them (ranges found for each batch), and some of the nodes that lose most kept in float32. The
+last column is how many photos get the words that they get in a batch of 16 when they are captioned alone.
 """
 
 import argparse
@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=1000, help="validation photos that are captioned")
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
+    if "fp32" not in bundle.manifest.precisions:
+        parser.error(f"{arguments.bundle} has no fp32: export the run again with --precision fp32")
     size, specs = bundle.manifest.image.size, bundle.manifest.precisions["fp32"]
     fp32 = {name: ExportedGraph(name, bundle.read(spec.file), spec) for name, spec in specs.items()}
     data = load_dataset(arguments.dataset, images=arguments.images)

@@ -4,8 +4,8 @@
 
 Grids of validation photos by the int8 extractor, and greedy captions in int8, twice: by this processor, and by an
 emulated Haswell (`qemu-x86_64 -cpu Haswell`, of Debian's package qemu-user), for which ONNX Runtime takes the kernels
-that it has for AVX2 alone. Both are held against fp32. The bundle needs both precisions. The emulation takes a second a
-photo with the default bundle.
+that it has for AVX2 alone. Both are held against fp32. The bundle needs both precisions, which the default one has not
+(docs/export.md says how to make one that has). The emulation takes a second a photo with a bundle of its size.
 """
 
 import argparse
@@ -57,6 +57,11 @@ def main() -> None:
     if arguments.work:
         work(arguments.bundle, arguments.work[0], arguments.work[1], Path(arguments.work[2]).read_text().split("\n"))
         return
+    there = Bundle.open(arguments.bundle).manifest.precisions
+    if missing := [precision for precision in ("fp32", "int8") if precision not in there]:
+        parser.error(
+            f"{arguments.bundle} has no {missing[0]}: export the run again with --precision fp32 --precision int8"
+        )
     from caption_train.datasets import load_dataset
     from caption_train.scores import score_captions
 
@@ -72,7 +77,12 @@ def main() -> None:
             command = [*before, sys.executable, __file__, arguments.bundle, arguments.dataset]
             command += ["--work", precision, out, listed]
             environment = os.environ | {"CAPTION_RT_CACHE": "off"}
-            subprocess.run([str(word) for word in command], env=environment, check=True, stderr=subprocess.DEVNULL)
+            # Kept, because an emulated processor makes ONNX Runtime say what it misses.
+            done = subprocess.run(
+                [str(word) for word in command], env=environment, stderr=subprocess.PIPE, text=True, check=False
+            )
+            if done.returncode:
+                sys.exit(f"{name} failed: {done.stderr[-2000:]}")
             found[name] = dict(np.load(out))
     wanted = found["fp32"]
     references = {str(photo.path): photo.captions for photo in photos}
