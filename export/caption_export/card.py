@@ -8,13 +8,12 @@ from typing import Any
 
 from caption_export.parity import LOG_PROB_TOLERANCE, search_name
 from caption_export.reduced import CaptionsReport, Limits, ReducedReport
-from caption_export.verification import VERIFICATION_FILE, Verification
+from caption_export.stated import VERIFICATION_FILE
+from caption_export.verification import Verification
 from caption_rt.bundle import GridSpec
 from caption_rt.options import DecodeOptions
 from caption_train.model import ModelConfig
 from caption_train.residual import STAGES
-
-_SATURATES = "found on a processor that multiplies them exactly; x86 without VNNI does not: use fp32 there"
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,8 @@ class CardFacts:
     size: int
     """Pixels on each side of the photo that the network sees."""
     grid: GridSpec
+    precisions: tuple[str, ...]
+    """Of the graphs that are in the bundle."""
     model: ModelConfig
     parameters: int
     """Weights of all three networks together."""
@@ -69,6 +70,7 @@ def _what(facts: CardFacts) -> Iterator[str]:
     yield ""
     carried = "is carried from word to word" if model.recurrence == "carry" else "starts anew with each word"
     yield f"The recurrent state {carried} (`recurrence: {model.recurrence}`)."
+    yield f"Precisions: {', '.join(facts.precisions)}."
 
 
 def _topology(training: Mapping[str, Any]) -> str:
@@ -118,13 +120,20 @@ def _begun_with(extractor: Mapping[str, Any]) -> str:
 def _scores(facts: CardFacts) -> Iterator[str]:
     yield "## Scores"
     yield ""
+    usual = {"sample": False, "max_words": facts.decoding.max_words}
     own, teachers = (
-        {split: record for split, record in scores.items() if isinstance(record, Mapping)}
+        {
+            split: {name: value for name, value in record.items() if name not in usual or value != usual[name]}
+            for split, record in scores.items()
+            if isinstance(record, Mapping)
+        }
         for scores in (facts.scores, facts.teacher_scores)
     )
     if not own:
         yield "This checkpoint has not been evaluated."
-        return
+        if not teachers:
+            return
+        yield ""
     rows = {**own, **{f"{split}, the teacher's captioner": record for split, record in teachers.items()}}
     columns = list(dict.fromkeys(name for record in rows.values() for name in record))
     yield from _table(
@@ -133,7 +142,10 @@ def _scores(facts: CardFacts) -> Iterator[str]:
     )
     if teachers:
         yield ""
-        yield "The teacher's captioner is trained on the very grid that this model's extractor learned to reproduce."
+        yield (
+            "The teacher's captioner is the run that its exporter named as one on the grid that this model's extractor "
+            "learned to reproduce."
+        )
     yield ""
     yield (
         "CIDEr from 0 to 10, the other scores in percent, all as the COCO caption evaluation computes them (its "
@@ -142,13 +154,15 @@ def _scores(facts: CardFacts) -> Iterator[str]:
 
 
 def _verification(facts: CardFacts) -> Iterator[str]:
-    report = facts.verification.report
+    report, drawn = facts.verification.report, facts.verification.selftest_images
+    graphs = "its graphs" if "fp32" in facts.precisions else "the graphs in float32, which are not in this bundle,"
     sizes = ", ".join(map(str, report.batch_sizes))
     yield "## Verification"
     yield ""
     yield (
-        "Before this bundle was written, its graphs were run in ONNX Runtime beside the TensorFlow networks they come "
-        f"from, on {len(report.photos)} images, {sizes} at a time, each graph with the same inputs on both sides:"
+        f"Before this bundle was written, {graphs} were run in ONNX Runtime beside the TensorFlow networks they come "
+        f"from, on {len(report.photos) - drawn} photos and {drawn} drawn images, {sizes} at a time, each graph with "
+        "the same inputs on both sides:"
     )
     yield ""
     yield from _table(
@@ -180,17 +194,17 @@ def _verification(facts: CardFacts) -> Iterator[str]:
     )
     yield ""
     yield from _table(
-        ["graph", "bytes", "nodes", "opset"],
+        ["graph in float32", "bytes", "nodes", "opset"],
         [[graph.name, str(graph.size), str(graph.nodes), str(graph.opset)] for graph in report.graphs],
     )
     for reduced in facts.verification.reduced:
         yield ""
-        yield from _reduced(reduced)
+        yield from _reduced(reduced, facts.precisions)
     yield ""
     yield f"All of it, with the operators by kind, stands in `{VERIFICATION_FILE}`."
 
 
-def _reduced(report: ReducedReport) -> Iterator[str]:
+def _reduced(report: ReducedReport, precisions: Sequence[str]) -> Iterator[str]:
     limits, count = report.limits, report.searches[0].captions
     yield f"### {report.precision}"
     yield ""
@@ -204,7 +218,7 @@ def _reduced(report: ReducedReport) -> Iterator[str]:
                 for name, value in report.sqnr.items()
             ),
             *(row for search in report.searches for row in _captions(search, limits)),
-            ["bits of a weight", str(report.weight_bits), _SATURATES if report.weight_bits == 8 else ""],
+            ["bits of a weight", str(report.weight_bits), _saturation(report, precisions)],
             ["bytes of the graphs", str(sum(graph.size for graph in report.graphs)), ""],
         ],
     )
@@ -213,6 +227,17 @@ def _reduced(report: ReducedReport) -> Iterator[str]:
         "Its self-test gives the model TensorFlow's words; their log-probabilities may be "
         f"{report.selftest_tolerance:g} off (here {report.selftest_difference:.2g})."
     )
+
+
+def _saturation(report: ReducedReport, precisions: Sequence[str]) -> str:
+    """What weights of 8 bits do to some processors, and what to do about it; nothing of other weights."""
+    if report.weight_bits != 8:
+        return ""
+    exactly = "multiplies them exactly; x86 without VNNI does not"
+    where = exactly if report.exact else "does not multiply them exactly, like any x86 without VNNI"
+    others = [precision for precision in precisions if precision != report.precision]
+    remedy = f"use {others[0]} there" if others else "for those, export with `--reduce-range`"
+    return f"found on a processor that {where}: {remedy}"
 
 
 def _captions(search: CaptionsReport, limits: Limits) -> Iterator[list[str]]:

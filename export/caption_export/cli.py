@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import sys
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = {
         parameter.name or "": parameter.opts[0] for parameter in export.params if isinstance(parameter, click.Option)
     }
-    names = {**OPTION_NAMES, **own}
+    names = {**OPTION_NAMES, **own, "teacher_scores": own["teacher"]}
     return run_command(command, "caption-export", arguments, extra="export", names=names)
 
 
@@ -33,9 +34,17 @@ class _ExportByDefault(click.Group):
     """A group whose commands are the tools around bundles, and which exports where none of them is named."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the name of the default command before what is no command's name and no option of the group."""
+        """Put the name of the default command before what is no command's name and no option of the group.
+
+        Raises:
+            click.UsageError: A single word stands in the place of a run, and there is nothing of that name.
+        """
         own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
         if not args or args[0] not in {*self.commands, *own}:
+            if args and args[0].isalpha() and not os.path.lexists(args[0]):
+                near = difflib.get_close_matches(args[0], self.commands, 1)
+                there = f"the nearest is {near[0]!r}" if near else f"there are {', '.join(self.commands)}"
+                raise click.UsageError(f"there is no command and no run {args[0]!r}; of commands {there}", ctx)
             args = [export.name or "", *args]
         return super().parse_args(ctx, args)
 
@@ -56,8 +65,8 @@ def command() -> None:
       caption-export pack BUNDLE ZIP          the same in one file, and back: unpack ZIP BUNDLE
       caption-export graph BUNDLE FILE        one ONNX file of it, for any language
 
-    Exit codes: 0 done, 1 disk, 2 options, 3 bundle, 6 no photos or no data set, 7 run, 8 not exportable or not equal,
-    130 interrupted (Ctrl-C).
+    Exit codes: 0 done, 1 disk, 2 options, 3 bundle, 4 photo, 5 ONNX Runtime or a self-test, 6 no photos or no data set,
+    7 run, 8 not exportable or not equal, 130 interrupted (Ctrl-C).
     """  # noqa: D301 - \b is click's mark for lines that stay as they are
     # Our own progress lines on stderr, and of the libraries only errors.
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from caption_export.parity import Report
     from caption_export.reduced import ReducedReport, Reduction
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _REDUCING = (
@@ -80,7 +78,8 @@ _REDUCING = (
 @click.option(
     "--calibration",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of real photos on which fp16 and int8 choose their ranges; by default the data set's training photos.",
+    help="Folder of real photos on which fp16 and int8 choose their ranges, without those that are compared or scored; "
+    "by default the data set's training photos.",
 )
 @click.option("--calibration-photos", type=click.IntRange(1), default=64, help="Take so many, spread evenly.")
 @click.option("--scored-photos", type=click.IntRange(2), default=1000, help="Score so many, spread evenly.")
@@ -139,8 +138,7 @@ def export(
     with quiet_stderr():
         from caption_export.exporting import export_bundle
         from caption_train.runs import SCORES, open_run
-    if len(paths) < limit_photos:
-        logger.warning("only %d photos are in %s: more of them find more", len(paths), printable(photos))
+    reduction = _reduction(run, reduced, paths, **reducing) if reduced else None
     found = export_bundle(
         open_run(run, checkpoint),
         paths,
@@ -154,7 +152,7 @@ def export(
         length_penalty=length_penalty,
         overwrite=overwrite,
         fp32="fp32" in reducing["precisions"],
-        reduction=_reduction(run, reduced, **reducing) if reduced else None,
+        reduction=reduction,
     )
     echo(_table(found.report))
     for report in found.reduced:
@@ -197,6 +195,7 @@ def _check_needed(context: click.Context, reduced: tuple[str, ...]) -> None:
 def _reduction(
     run: Path,
     reduced: tuple[str, ...],
+    compared: Sequence[Path],
     *,
     dataset: Path,
     images: Path | None,
@@ -221,7 +220,13 @@ def _reduction(
     data = load_dataset(dataset, images=images, **data_choices(run))
     real = {image.path: image.captions for image in _spread(data.validation, scored_photos)}
     found = photos_in(calibration) if calibration is not None else tuple(image.path for image in data.train)
-    ranged = _spread(found, calibration_photos)
+    taken = {path.resolve() for path in (*compared, *real)}
+    others = [path for path in found if path.resolve() not in taken]
+    if not others:
+        raise click.UsageError(
+            "every photo that ranges could be chosen on is compared or scored: name others with --calibration"
+        )
+    ranged = _spread(others, calibration_photos)
 
     def read(size: int) -> Reduction:
         scored = read_photos(list(real), size, name=str)

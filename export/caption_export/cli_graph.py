@@ -6,12 +6,11 @@ from pathlib import Path
 
 import click
 
+from caption_export.cli_photos import chosen_photos, limit_photos_option
 from caption_rt.bundle import PRECISIONS, Bundle
 from caption_rt.console import echo
 from caption_rt.errors import printable
-from caption_rt.image import read_photo
 from caption_rt.options import DecodeOptions
-from caption_train.datasets import photos_in
 
 
 @click.command()
@@ -32,8 +31,12 @@ from caption_train.datasets import photos_in
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of photos on which it is compared with caption-rt, beside the bundle's own test images.",
 )
+@limit_photos_option
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@click.pass_context
 def graph(
+    context: click.Context,
+    /,
     bundle: Path,
     file: Path,
     precision: str | None,
@@ -41,6 +44,7 @@ def graph(
     length_penalty: float | None,
     max_words: int | None,
     photos: Path | None,
+    limit_photos: int,
     overwrite: bool,
 ) -> None:
     """Make ONE ONNX FILE of a BUNDLE: photos in, words out, resizing and search inside.
@@ -55,9 +59,11 @@ def graph(
         verify_one_graph,
         write_one_graph,
     )
+    from caption_export.verifying import readable_photos
     from caption_rt.engine import check_precision
 
     check_free(file, overwrite=overwrite)
+    paths = chosen_photos(context, photos, limit_photos)
     opened = Bundle.open(bundle)
     check_precision(opened, precision)
     there = opened.manifest.precisions
@@ -69,10 +75,10 @@ def graph(
         max_words=own.max_words if max_words is None else max_words,
         guard=False,
     )
+    if length_penalty is not None and options.beam_size == 1:
+        raise click.UsageError("--length-penalty is about a beam: add --beam 3, say, or leave it out", context)
+    compared = self_test_photos(opened) | readable_photos(paths, opened.manifest.image.size)
     data = build_one_graph(opened, options, precision)
-    size = opened.manifest.image.size
-    compared = self_test_photos(opened)
-    compared |= {printable(path): read_photo(path, size) for path in (photos_in(photos) if photos else ())}
     verify_one_graph(data, opened, options, precision, compared)
     write_one_graph(data, file, overwrite=overwrite)
     search = "greedy search" if options.beam_size == 1 else f"a beam of {options.beam_size}"

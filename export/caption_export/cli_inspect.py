@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -19,8 +18,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
     Nodes and operators are counted where the package onnx is installed. Nothing is run.
     """
-    from caption_export.inspecting import bundle_table, describe_bundle
+    from caption_export.inspecting import bundle_json, bundle_table, describe_bundle
 
     facts = describe_bundle(Bundle.open(bundle))
-    for line in [json.dumps(facts, indent=2, ensure_ascii=False)] if as_json else bundle_table(facts):
+    for line in [bundle_json(facts)] if as_json else bundle_table(facts):
         echo(line)

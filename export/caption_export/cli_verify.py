@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
+from caption_export.cli_photos import chosen_photos, limit_photos_option
 from caption_rt.bundle import Bundle
 from caption_rt.console import echo
 from caption_rt.errors import printable
-from caption_train.datasets import photos_in
 
 
 @click.command()
@@ -19,8 +19,9 @@ from caption_train.datasets import photos_in
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of photos to caption in every precision, beside the bundle's own test images.",
 )
-@click.option("--limit-photos", type=click.IntRange(1), default=16, help="Take so many of them, by path.")
-def verify(bundle: Path, photos: Path | None, limit_photos: int) -> None:
+@limit_photos_option
+@click.pass_context
+def verify(context: click.Context, bundle: Path, photos: Path | None, limit_photos: int) -> None:
     """Examine the BUNDLE, a folder or a zip file, as whoever receives it can: without TensorFlow.
 
     Hashes, every graph (valid, standard operators, nothing outside of the file, inputs and outputs of the manifest),
@@ -29,7 +30,7 @@ def verify(bundle: Path, photos: Path | None, limit_photos: int) -> None:
     """
     from caption_export.verifying import verify_bundle
 
-    paths = photos_in(photos)[:limit_photos] if photos else []
+    paths = chosen_photos(context, photos, limit_photos)
     for check in verify_bundle(Bundle.open(bundle), paths):
         echo(f"{'ok' if check.there else '- '}  {check.part:<18} {check.found}")
     echo(f"\n{printable(bundle)} is what it says")

@@ -22,7 +22,8 @@ from caption_export.parity import BEAM_SIZES, Photo, verify
 from caption_export.pipelines import TensorFlowPipeline
 from caption_export.reduced import ReducedReport, Reducer, Reduction
 from caption_export.selftest import selftest_json, selftest_photos, selftest_pngs
-from caption_export.verification import VERIFICATION_FILE, Verification
+from caption_export.stated import VERIFICATION_FILE
+from caption_export.verification import Verification
 from caption_rt import __version__
 from caption_rt.bundle import (
     SELFTEST_FILE,
@@ -30,9 +31,10 @@ from caption_rt.bundle import (
     DecodingSpec,
     GridSpec,
     ImageSpec,
+    check_target,
     write_bundle,
 )
-from caption_rt.errors import BundleError, CaptionError, ImageError, Parameter, printable
+from caption_rt.errors import CaptionError, ImageError, OptionsError, Parameter, printable
 from caption_rt.image import read_photo
 from caption_rt.options import DecodeOptions
 from caption_train.runs import Run
@@ -40,6 +42,8 @@ from caption_train.runs import Run
 logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
+
+_FEW_PHOTOS = 50  # below that, the user is told that more would find more
 
 _PACKAGES = ("tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy", "Pillow")
 
@@ -72,7 +76,8 @@ def export_bundle(
         name: Short name of the model.
         license: Licence of the weights: an SPDX identifier or a sentence.
         description: A sentence or two; made from the training facts if empty.
-        teacher_scores: Scores by split of the teacher's captioner, to stand beside the run's own in the model card.
+        teacher_scores: Scores by split of a captioner on the grid of the network that the extractor was distilled from,
+            to stand beside the run's own in the model card.
         notes: Markdown for the model card, such as what the model is bad at.
         beam_size: The bundle's default; 1 is greedy.
         length_penalty: The bundle's default; see `caption_rt.options.DecodeOptions`.
@@ -86,13 +91,21 @@ def export_bundle(
     Raises:
         ExportError: The run cannot be converted, no photo can be read, ONNX Runtime differs from TensorFlow, or a
             reduced precision loses more than it may.
+        OptionsError: A decoding default is out of its range, or there are `teacher_scores` and no teacher.
         BundleError: There is already something at `out`.
         CaptionError: The bundle cannot be written.
     """
     _check_place(out, overwrite)  # minutes before `write_bundle` would say so
+    if teacher_scores and "distillation" not in run.facts.get("extractor", {}):
+        raise OptionsError(
+            Parameter("teacher_scores"), " belongs to a distilled extractor, and this run's is none: leave it out"
+        )
     default = DecodeOptions(beam_size=beam_size, length_penalty=length_penalty, max_words=run.max_words)
     pngs, size = selftest_pngs(), run.extractor_config.size
-    compared = [*read_photos(photos, size), *selftest_photos(pngs, size)]
+    real = read_photos(photos, size)
+    if len(real) < _FEW_PHOTOS:
+        logger.warning("compared on %d real photos: more of them find more", len(real))
+    compared = [*real, *selftest_photos(pngs, size)]
     graphs = build_graphs(run)
     logger.info("comparing with TensorFlow on %d images, the self-test's %d among them", len(compared), len(pngs))
     reference = TensorFlowPipeline(run)
@@ -102,7 +115,7 @@ def export_bundle(
     reduced: tuple[ReducedReport, ...] = ()
     if reduction is not None:
         precisions, reduced = _reduced(run, graphs, compared, selftest, default, reduction(size), precisions)
-    verification = Verification(report, reduced)
+    verification = Verification(report, reduced, len(pngs))
     rows, columns, channels = run.extractor.output_shape[1:]
     grid, scores, versions = GridSpec(rows, columns, channels), scores_of_checkpoint(run), made_with()
     card = CardFacts(
@@ -110,6 +123,7 @@ def export_bundle(
         license=license,
         size=size,
         grid=grid,
+        precisions=tuple(precisions),
         model=run.model.config,
         parameters=sum(int(np.prod(w.shape)) for network in (run.extractor, run.model) for w in network.weights),
         decoding=default,
@@ -152,13 +166,10 @@ def _check_place(out: Path, overwrite: bool) -> None:
     """See that a bundle can come to its place.
 
     Raises:
-        BundleError: There is something already.
+        BundleError: There is something already that is not to be replaced, or is no bundle.
         CaptionError: It cannot be written.
     """
-    if not overwrite and os.path.lexists(out):
-        raise BundleError(
-            f"{printable(out)} exists already: name another folder, or replace it with ", Parameter("overwrite")
-        )
+    check_target(out, overwrite=overwrite)
     above = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
         raise CaptionError(f"the bundle {printable(out)} cannot be written: {printable(above)} is not a folder")
@@ -178,7 +189,7 @@ def _reduced(
     """The precisions with the reduced ones; what their self-test allows is put into the self-test's object."""
     own = len(selftest["inputs"])  # the last of the photos that are compared
     # A beam may hide what greedy search shows, and the other way round; the bundle is used with either.
-    searches = list(dict.fromkeys([replace(search, beam_size=1, length_penalty=0.0), search]))
+    searches = list(dict.fromkeys([replace(search, beam_size=1, length_penalty=0.0), _as_searched(search)]))
     reducer = Reducer(
         graphs, compared[:-own], compared[-own:], selftest["expected"], searches, run.vocabulary, reduction
     )
@@ -214,7 +225,12 @@ def read_photos(paths: Sequence[Path], size: int, name: Callable[[Path], str] = 
 def searches_with(default: DecodeOptions) -> list[DecodeOptions]:
     """The searches to compare captions with: greedy, a beam, and the bundle's default where it is another."""
     searches = [replace(default, beam_size=size, length_penalty=0.0) for size in BEAM_SIZES]
-    return searches if default in searches else [*searches, default]
+    return list(dict.fromkeys([*searches, _as_searched(default)]))
+
+
+def _as_searched(options: DecodeOptions) -> DecodeOptions:
+    """Without a length penalty where there is one caption alone, which it is no matter of."""
+    return replace(options, length_penalty=0.0) if options.beam_size == 1 else options
 
 
 def scores_of_checkpoint(run: Run) -> dict[str, Any]:

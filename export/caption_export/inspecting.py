@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from caption_export.stated import measured_scores
 from caption_rt._amounts import byte_count
 from caption_rt.bundle import MANIFEST_FILE, Bundle, TensorSpec
 from caption_rt.errors import BundleError, printable, shown
@@ -18,10 +20,12 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     Returns:
         Under ``precisions``, by precision and graph, what a graph is; ``nodes``, ``operators`` (how many nodes of each
         kind) and ``opset`` are None where the package onnx is not installed. Under ``files`` every file with its size
-        in bytes and its SHA-256. The rest is as in the manifest.
+        in bytes and its SHA-256. Under ``measured`` what `caption_export.stated.measured_scores` gives. The rest is as
+        in the manifest.
 
     Raises:
-        BundleError: A file has changed since the bundle was opened, or the package onnx cannot read a graph.
+        BundleError: A file has changed since the bundle was opened, the package onnx cannot read a graph, or
+            ``verification.json`` is not what an export writes.
     """
     manifest = bundle.manifest
     facts = manifest.to_json()
@@ -44,9 +48,28 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "size": sum(spec.size for spec in manifest.files.values()) + len(bundle.read(MANIFEST_FILE)),
         "words": len(bundle.vocabulary),
         **{name: value for name, value in facts.items() if name not in ("precisions", "files")},
+        "measured": measured_scores(bundle),
         "precisions": precisions,
         "files": facts["files"],
     }
+
+
+def bundle_json(facts: Mapping[str, Any]) -> str:
+    """The facts for a program, as one JSON object.
+
+    Args:
+        facts: From `describe_bundle`.
+
+    Raises:
+        BundleError: The manifest has a number that is too large for a float.
+    """
+    try:
+        return json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as exc:
+        raise BundleError(
+            f"the bundle {printable(facts['path'])}: {MANIFEST_FILE} has a number that no float can hold: export the "
+            "model again"
+        ) from exc
 
 
 def bundle_table(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -77,9 +100,12 @@ def bundle_table(facts: Mapping[str, Any]) -> Iterator[str]:
             rows.append([precision, name, graph["file"], byte_count(graph["size"]), nodes, _most(graph["operators"])])
     yield from _columns(rows)
     yield ""
-    yield from _columns(
-        [["scores", "", ""], *_scores(facts["scores"])] if facts["scores"] else [["no scores are stated"]]
-    )
+    yield "scores of the run, in TensorFlow"
+    yield from _columns([*_scores(facts["scores"])] or [["none are stated"]])
+    if facts["measured"]:
+        yield ""
+        yield "scores by precision, in ONNX Runtime"
+        yield from _columns([*_scores(facts["measured"])])
     yield ""
     rows = [[name, str(spec["size"]), spec["sha256"]] for name, spec in facts["files"].items()]
     yield from _columns([["file", "bytes", "sha256"], *rows])

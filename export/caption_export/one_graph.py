@@ -27,9 +27,10 @@ from caption_export.weaving import Weaver, tensor_info
 from caption_rt import __version__
 from caption_rt._fields import Fields
 from caption_rt.bundle import SELFTEST_FILE, Bundle, GraphSpec, TensorSpec
+from caption_rt.caption import Caption
 from caption_rt.captioner import Captioner
 from caption_rt.engine import Graph
-from caption_rt.errors import CaptionError, OptionsError, printable
+from caption_rt.errors import BundleError, CaptionError, Parameter, printable
 from caption_rt.image import read_photo
 from caption_rt.options import DecodeOptions
 
@@ -46,6 +47,7 @@ __all__ = [
 FORMAT = "caption-graph 1"
 """What the file's property `format` says; it changes when inputs, outputs or properties do."""
 
+_TOGETHER = 16  # photos that are compared at once: memory does not grow with their number
 _TOLERANCES = {"fp32": 1e-3, "fp16": 0.05, "int8": 0.05}
 """By precision, how far a caption's log-probability may be from caption-rt's, which sums in another order."""
 
@@ -253,32 +255,47 @@ def verify_one_graph(
         EngineError: ONNX Runtime cannot run it.
     """
     graph = Graph(data, one_graph_spec(bundle), "cpu")
+    names, pixels = list(photos), list(photos.values())
     with Captioner(bundle, "cpu", precision=precision) as captioner:
-        captions = captioner.caption_pixels(list(photos.values()), options)
-    tokens, lengths, _, log_probs, *_ = graph.run(np.stack(list(photos.values())))
-    for row, (name, caption) in enumerate(zip(photos, captions, strict=True)):
-        found = tuple(tokens[row, : lengths[row]].tolist())
-        if found != caption.tokens:
-            raise ExportError(
-                f"the one graph gives {printable(name)} the token ids {list(found)}, "
-                f"and caption-rt {list(caption.tokens)}"
-            )
-        difference = abs(float(log_probs[row]) - caption.log_prob)
-        if not difference <= _TOLERANCES[precision]:
-            raise ExportError(
-                f"the one graph's log-probability of {printable(name)} is {difference:.2g} off from caption-rt's, and "
-                f"{_TOLERANCES[precision]:g} is allowed"
-            )
+        for start in range(0, len(pixels), _TOGETHER):
+            some = pixels[start : start + _TOGETHER]
+            wanted = captioner.caption_pixels(some, options)
+            tokens, lengths, _, log_probs, *_ = graph.run(np.stack(some))
+            for row, caption in enumerate(wanted):
+                found = tuple(tokens[row, : lengths[row]].tolist())
+                _check_caption(names[start + row], caption, found, float(log_probs[row]), _TOLERANCES[precision])
+
+
+def _check_caption(name: str, wanted: Caption, tokens: tuple[int, ...], log_prob: float, tolerance: float) -> None:
+    """Hold what the one graph says of a photo against what caption-rt says.
+
+    Raises:
+        ExportError: They differ.
+    """
+    if tokens != wanted.tokens:
+        raise ExportError(
+            f"the one graph gives {printable(name)} the token ids {list(tokens)}, and caption-rt {list(wanted.tokens)}"
+        )
+    difference = abs(log_prob - wanted.log_prob)
+    if not difference <= tolerance:
+        raise ExportError(
+            f"the one graph's log-probability of {printable(name)} is {difference:.2g} off from caption-rt's, and "
+            f"{tolerance:g} is allowed"
+        )
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
     """See that a file may be written.
 
     Raises:
-        OptionsError: There is already something, and it is not to be replaced.
+        BundleError: There is already a folder, or a file that is not to be replaced.
     """
-    if path.is_dir() or (os.path.lexists(path) and not overwrite):
-        raise OptionsError(f"{printable(path)} exists already: add --overwrite, or name another file")
+    if path.is_dir():
+        raise BundleError(f"{printable(path)} is a folder, and only a file is overwritten: name another")
+    if os.path.lexists(path) and not overwrite:
+        raise BundleError(
+            f"{printable(path)} exists already: name another file, or replace it with ", Parameter("overwrite")
+        )
 
 
 def write_one_graph(data: bytes, path: Path, *, overwrite: bool = False) -> None:
@@ -290,7 +307,7 @@ def write_one_graph(data: bytes, path: Path, *, overwrite: bool = False) -> None
         overwrite: Replace a file that is there.
 
     Raises:
-        OptionsError: There is already something, and it is not to be replaced.
+        BundleError: There is already a folder, or a file that is not to be replaced.
         CaptionError: It cannot be written.
     """
     check_free(path, overwrite=overwrite)

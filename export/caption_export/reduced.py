@@ -23,6 +23,7 @@ from caption_export.parity import Photo, Stage, run_rows, search_name, stages
 from caption_export.pipelines import Arrays, OnnxPipeline, PipelineStepper, captions_by
 from caption_export.structure import GraphReport, check_structure
 from caption_rt.bundle import GRAPH_TENSORS
+from caption_rt.engine import multiplies_exactly
 from caption_rt.errors import OptionsError, Parameter
 from caption_rt.options import DecodeOptions
 from caption_rt.selftest import forced_log_probs
@@ -129,6 +130,8 @@ class ReducedReport:
     """Largest difference of a word's log-probability in the self-test, in nats."""
     weight_bits: int
     """How many bits a weight has: 16, 8 or 7."""
+    exact: bool
+    """Whether the processor that it was measured on sums products of 8 bits exactly."""
     limits: Limits
 
     @property
@@ -231,6 +234,11 @@ class Reducer:
         return graphs, report
 
     def _int8(self) -> tuple[dict[str, ExportedGraph], ReducedReport]:
+        if self._asked.weight_bits == 8 and not multiplies_exactly():
+            logger.warning(
+                "this processor does not sum products of 8 bits exactly, so int8 loses more here than elsewhere: "
+                "--reduce-range makes weights of 7 bits, which it does"
+            )
         methods = {name: self._methods(name) for name in self._graphs}
         chosen = {name: max(found, key=lambda method: found[method]) for name, found in methods.items()}
         last = last_nodes(self._graphs["extractor"])
@@ -304,6 +312,7 @@ class Reducer:
             tuple(searches),
             self._selftest_difference(pipeline),
             16 if precision == "fp16" else self._asked.weight_bits,
+            multiplies_exactly(),
             self._asked.limits[precision],
         )
 

@@ -10,8 +10,6 @@ from caption_export.parity import Report, search_name
 from caption_export.reduced import ReducedReport
 from caption_export.structure import GraphReport
 
-VERIFICATION_FILE = "verification.json"
-
 
 @dataclass(frozen=True)
 class Verification:
@@ -21,12 +19,15 @@ class Verification:
     """The graphs in float32 beside TensorFlow."""
     reduced: tuple[ReducedReport, ...]
     """Reduced precisions beside float32."""
+    selftest_images: int
+    """How many of the images that were compared are those of the self-test, and no photos."""
 
     def to_json(self) -> dict[str, Any]:
         """The object of ``verification.json``; docs/export.md describes it."""
         report = self.report
         return {
-            "photos": len(report.photos),
+            "photos": len(report.photos) - self.selftest_images,
+            "selftest_images": self.selftest_images,
             "batch_sizes": list(report.batch_sizes),
             "fp32": {
                 "graphs": _graphs(report.graphs),

@@ -6,7 +6,6 @@ the graphs that are really there.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,17 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caption_export.errors import ExportError
+from caption_export.stated import VERIFICATION_FILE, stated_verification
 from caption_export.structure import GraphReport, check_model
 from caption_rt._amounts import byte_count
+from caption_rt._fields import Fields
 from caption_rt.bundle import Bundle
 from caption_rt.caption import Caption
 from caption_rt.captioner import Captioner
-from caption_rt.errors import ImageError, printable
+from caption_rt.errors import BundleError, ImageError, printable
 from caption_rt.image import read_photo
 
 logger = logging.getLogger(__name__)
 
-VERIFICATION_FILE = "verification.json"
 BATCH_SIZES = (1, 2, 7)
 """Photos that are captioned together; the words must not depend on it."""
 LOG_PROB_TOLERANCE = 1e-3
@@ -73,9 +73,7 @@ def verify_bundle(bundle: Bundle, photos: Sequence[Path] = ()) -> Iterator[Check
             )
             yield Check(f"{precision} {name}", what)
     yield _stated(bundle, reports)
-    read = dict(_readable(photos, manifest.image.size))
-    if photos and not read:
-        raise ExportError("no photo can be read: name a folder of real photos")
+    read = readable_photos(photos, manifest.image.size)
     first: list[Caption] = []
     for precision in manifest.precisions:
         with Captioner(bundle, "cpu", precision=precision) as captioner:
@@ -97,19 +95,17 @@ def _stated(bundle: Bundle, reports: Mapping[str, Mapping[str, GraphReport]]) ->
     Raises:
         ExportError: It is about other graphs.
     """
-    if VERIFICATION_FILE not in bundle.manifest.files:
-        return Check(VERIFICATION_FILE, "not there: the bundle does not say what its export found", there=False)
     try:
-        record = json.loads(bundle.read(VERIFICATION_FILE))
-        stated = {
-            (precision, name): (graph["bytes"], graph["opset"], graph["operators"])
-            for precision in reports
-            for name, graph in record[precision]["graphs"].items()
-        }
-        photos = int(record["photos"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+        record = stated_verification(bundle)
+        if record is None:
+            return Check(VERIFICATION_FILE, "not there: the bundle does not say what its export found", there=False)
+        stated = {graph: facts for precision in reports for graph, facts in _graphs(record, precision)}
+        images = record.integer("photos")
+        if "selftest_images" in record.names():  # before, they were among the photos
+            images += record.integer("selftest_images")
+    except BundleError as exc:
         raise ExportError(
-            f"{VERIFICATION_FILE} does not say what an export found ({printable(exc)}): export the model again"
+            f"{VERIFICATION_FILE} does not say what an export found ({exc}): export the model again"
         ) from exc
     for precision, graphs in reports.items():
         for name, report in graphs.items():
@@ -118,17 +114,34 @@ def _stated(bundle: Bundle, reports: Mapping[str, Mapping[str, GraphReport]]) ->
                     f"{VERIFICATION_FILE} is about another {name} graph in {precision} than the one in the bundle: "
                     "export the model again"
                 )
-    found = f"about these graphs, which its export compared with TensorFlow on {photos} images"
+    compared = "which" if "fp32" in reports else "made of those in float32, not in this bundle, which"
+    found = f"about these graphs, {compared} its export compared with TensorFlow on {images} images"
     return Check(VERIFICATION_FILE, found)
 
 
-def _readable(paths: Sequence[Path], size: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """Photos by their paths, uint8 [S, S, 3]."""
+def _graphs(record: Fields, precision: str) -> Iterator[tuple[tuple[str, str], tuple[int, int, Mapping[str, int]]]]:
+    """By precision and name, what of a graph can be held against its file."""
+    graphs = record.inner(precision).inner("graphs")
+    for name in graphs.names():
+        graph = graphs.inner(name)
+        yield (precision, name), (graph.integer("bytes"), graph.integer("opset"), graph.mapping("operators"))
+
+
+def readable_photos(paths: Sequence[Path], size: int) -> dict[str, NDArray[np.uint8]]:
+    """Photos by their paths, uint8 [S, S, 3]; those that cannot be read are passed over with a warning.
+
+    Raises:
+        ExportError: There are some, and none can be read.
+    """
+    photos = {}
     for path in paths:
         try:
-            yield printable(path), read_photo(path, size)
+            photos[printable(path)] = read_photo(path, size)
         except ImageError as exc:
             logger.warning("passed over: %s", exc)
+    if paths and not photos:
+        raise ExportError("no photo can be read: name a folder of real photos")
+    return photos
 
 
 def _captions(captioner: Captioner, photos: Mapping[str, NDArray[np.uint8]], *, every_size: bool) -> list[Caption]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from bundles import change_file
+from bundles import change_file, replace_file
 from caption_export import packing, verifying
 from caption_rt.bundle import Bundle
 from caption_rt.captioner import Captioner
@@ -31,6 +32,13 @@ def add_file(folder, name, data):
     (folder / name).write_bytes(b"{}")
     change_file(folder, "manifest.json", lambda manifest: manifest["files"].update({name: {}}))
     change_file(folder, name, lambda record: record.update(data))
+
+
+def too_large_for_a_float(folder):
+    """What Python writes as infinite becomes a number that is JSON, in a bundle's verification.json."""
+    replace_file(
+        folder, "verification.json", (folder / "verification.json").read_bytes().replace(b"Infinity", b"1e400")
+    )
 
 
 def add_int8(folder):
@@ -130,12 +138,64 @@ def test_inspect_shows_a_person_a_table(call, copy, tmp_path):
             in lines
         )
         assert [line.split()[:2] for line in lines if line.startswith("int8")] == [["int8", name] for name in GRAPHS]
-        assert [line.split() for line in lines if line.startswith("test")] == [
+        at = lines.index("scores of the run, in TensorFlow")
+        assert [line.split() for line in lines[at + 1 : at + 4]] == [
             ["test", "CIDEr", "0.51234"],
             ["test", "beam", "size", "3"],
+            [],
         ]
         sha256 = Bundle.open(copy).manifest.files["README.md"].sha256
         assert f"README.md        98     {sha256}" in lines
+
+
+def scored(precision):
+    """What an export found of captions in a reduced precision, by its two searches."""
+    return [
+        {
+            "search": search,
+            "captions": 9,
+            "equal": equal,
+            "scores": {"fp32": {"CIDEr": 0.5}, precision: {"CIDEr": cider}},
+        }
+        for search, equal, cider in (("greedy search", 0.8, 0.49), ("a beam of 3", 0.75, 0.51))
+    ]
+
+
+def test_inspect_shows_scores_by_precision(call, copy):
+    add_int8(copy)
+    add_file(copy, "verification.json", {"fp32": {"captions": []}, "int8": {"captions": scored("int8")}})
+    assert json.loads(call("inspect", copy, "--json").stdout)["measured"] == {
+        "fp32": {"greedy search": {"CIDEr": 0.5}, "a beam of 3": {"CIDEr": 0.5}},
+        "int8": {
+            "greedy search": {"CIDEr": 0.49, "equal captions": 0.8},
+            "a beam of 3": {"CIDEr": 0.51, "equal captions": 0.75},
+        },
+    }
+    lines = call("inspect", copy).stdout.splitlines()
+    at = lines.index("scores by precision, in ONNX Runtime")
+    assert lines[at - 3 : at] == ["scores of the run, in TensorFlow", "none are stated", ""]
+    assert lines[at + 5].split() == ["int8", "a", "beam", "of", "3", "CIDEr", "0.51"]
+    # Of a bundle without fp32, nothing is said of fp32.
+    change_file(copy, "manifest.json", lambda manifest: manifest["precisions"].pop("fp32"))
+    assert list(json.loads(call("inspect", copy, "--json").stdout)["measured"]) == ["int8"]
+    for change in (
+        lambda record: record["int8"]["captions"][1].update(equal=math.inf),
+        lambda record: record["int8"].update(captions={}),
+    ):
+        change_file(copy, "verification.json", change)
+        too_large_for_a_float(copy)
+        result = call("inspect", copy)
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert "verification.json: int8: captions" in result.stderr
+
+
+def test_inspect_gives_no_program_what_is_no_json(call, copy):
+    change_file(copy, "manifest.json", lambda manifest: manifest.update(scores={"test": {"CIDEr": math.inf}}))
+    manifest = copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("Infinity", "1e400"))
+    result = call("inspect", copy, "--json")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "manifest.json has a number that no float can hold: export the model again" in result.stderr
 
 
 def test_verify_says_what_it_examined(call, copy, photos):
@@ -182,8 +242,9 @@ def test_what_the_export_found_is_held_against_the_graphs(call, copy):
     result = call("verify", copy)
     assert result.exit_code == 8
     assert "verification.json is about another encoder graph in fp32 than the one in the bundle" in result.stderr
-    for broken in ({"photos": None}, {"fp32": []}, {"fp32": {"graphs": {"encoder": 3}}}):
+    for broken in ({"photos": None}, {"photos": math.inf}, {"fp32": []}, {"fp32": {"graphs": {"encoder": 3}}}):
         change_file(copy, "verification.json", lambda record, broken=broken: record.update(stated(copy, **broken)))
+        too_large_for_a_float(copy)
         result = call("verify", copy)
         assert result.exit_code == 8
         assert "verification.json does not say what an export found" in result.stderr

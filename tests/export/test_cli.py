@@ -129,6 +129,14 @@ def test_what_names_no_command_is_an_export(call, arguments):
     assert "Missing argument 'RUN' (see caption-export export --help)" in result.stderr
 
 
+@pytest.mark.parametrize(("word", "said"), [("verfy", "the nearest is 'verify'"), ("zzz", "there are export, graph,")])
+def test_a_word_that_is_neither_command_nor_run_is_named(call, tmp_path, word, said):
+    result = call(word, tmp_path / "a.zip")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"there is no command and no run '{word}'; of commands {said}" in result.stderr
+    assert result.stderr.endswith("(see caption-export --help)\n")
+
+
 def test_help_lists_the_commands_and_version_is_the_groups(call):
     assert "  export " in call("--help").stdout
     assert "--limit-photos" in call("export", "--help").stdout
@@ -169,6 +177,12 @@ def test_errors_name_the_option_and_the_place(call, run_folder, photos, tmp_path
         (tmp_path / "out", (*int8, "--min-equal-captions", "nan"), 2, "--min-equal-captions must be a number, not nan"),
         (tmp_path / "out", (*int8, "--min-sqnr", "inf"), 2, "--min-sqnr must be a number, not inf"),
         (tmp_path / "file", (), 3, "file exists already: name another folder, or replace it with --overwrite"),
+        (
+            tmp_path / "out",
+            (*int8, "--calibration", photos[0].parent),
+            2,
+            "compared or scored: name others with --calibration (see caption-export export --help)",
+        ),
         (bundle, (), 1, f"the bundle {bundle} cannot be written: {tmp_path / 'file'} is not a folder"),
     ):
         result = call(run_folder, out, "--photos", photos[0].parent, "--limit-photos", 3, *more)

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from caption_export import exporting
 from caption_export.card import where_from
 from caption_export.errors import ExportError
-from caption_export.exporting import export_bundle, made_with, read_photos, scores_of_checkpoint
+from caption_export.exporting import export_bundle, made_with, read_photos, scores_of_checkpoint, searches_with
 from caption_export.pipelines import best_captions
 from caption_rt import Bundle, BundleError, Captioner, DecodeOptions, EngineError, OptionsError
 from caption_rt.image import FORMATS
@@ -57,10 +57,10 @@ def exported(run_folder, photos, tmp_path_factory):
 def test_the_command_says_only_its_own_lines(exported):
     folder, done = exported
     assert done.stderr.splitlines() == [
-        f"only 4 photos are in {folder.parents[1] / 'photos'}: more of them find more",
         f"passed over: {folder.parents[1] / 'photos' / 'broken.jpg'} is not an image, or its beginning is damaged: "
         + ", ".join([*FORMATS, *(["HEIC"] if importlib.util.find_spec("pillow_heif") else [])])
         + " are read",
+        "compared on 3 real photos: more of them find more",
         "converting the extractor",
         "converting the encoder",
         "converting the decoder",
@@ -141,6 +141,10 @@ def test_the_card_has_data_scores_and_verification(exported):
         assert line in card.splitlines()
     assert "| decoder | log_probs | " in card
     assert "| a beam of 3 | 5 | " in card
+    assert "Precisions: fp32." in card.splitlines()
+    assert ", on 3 photos and 2 drawn images, 1, 2, 7 at a time" in card
+    found = json.loads(Bundle.open(exported[0]).read("verification.json"))
+    assert (found["photos"], found["selftest_images"]) == (3, 2)
 
 
 def test_no_place_of_this_machine_is_in_the_bundle(exported, run_folder):
@@ -164,6 +168,11 @@ def test_the_bundles_default_search_is_compared_too(run, photos, tmp_path):
     assert (decoding.beam_size, decoding.length_penalty) == (4, 0.7)
 
 
+def test_a_length_penalty_makes_no_second_greedy_search():
+    greedy = DecodeOptions(length_penalty=0.7, max_words=6)
+    assert [(x.beam_size, x.length_penalty) for x in searches_with(greedy)] == [(1, 0.0), (3, 0.0)]
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_graph_that_differs_leaves_no_bundle(run, graphs, photos, tmp_path, monkeypatch):
     model = onnx.load_model_from_string(graphs["decoder"].data)
@@ -185,7 +194,11 @@ def test_an_existing_bundle_is_kept_unless_told_otherwise(run, photos, tmp_path,
         patch.setattr(exporting, "build_graphs", lambda run: pytest.fail("converted before looking"))
         with pytest.raises(BundleError, match=r"out exists already: name another folder, or replace it with overwrite"):
             export_bundle(run, photos[:1], out, **FACTS)
-    assert list(out.iterdir()) == []
+        (out / "thesis.txt").write_text("no bundle")
+        with pytest.raises(BundleError, match="out is not a bundle, and only a bundle is overwritten"):
+            export_bundle(run, photos[:1], out, **FACTS, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+    (out / "thesis.txt").unlink()
     export_bundle(run, photos[:1], out, **FACTS, overwrite=True)
     assert Bundle.open(out).manifest.name == "drawn"
 
@@ -193,6 +206,13 @@ def test_an_existing_bundle_is_kept_unless_told_otherwise(run, photos, tmp_path,
 def test_a_default_that_the_runtime_would_refuse_is_refused(run, photos, tmp_path):
     with pytest.raises(OptionsError, match=r"^beam_size must be a whole number from 1 to 1000, not 0$"):
         export_bundle(run, photos, tmp_path / "out", **FACTS, beam_size=0)
+
+
+def test_a_teacher_without_a_pupil_is_refused(run, photos, tmp_path):
+    said = r"^teacher_scores belongs to a distilled extractor, and this run's is none: leave it out$"
+    with pytest.raises(OptionsError, match=said) as caught:
+        export_bundle(run, photos, tmp_path / "out", **FACTS, teacher_scores={"validation": {"CIDEr": 0.5}})
+    assert str(caught.value.renamed({"teacher_scores": "--teacher"})).startswith("--teacher belongs")
 
 
 def test_without_a_readable_photo_there_is_no_export(run, tmp_path):
@@ -236,6 +256,11 @@ def test_the_card_has_the_teachers_scores_and_its_makers_notes(run, photos, tmp_
     assert [row.split(" | ")[0] for row in rows] == ["| validation", "| validation, the teacher's captioner"]
     assert ["0.4321" in rows[0], "0.7654" in rows[1]] == [True, True]
     assert "Licence of the weights: CC0-1.0\n\n## What it is bad at\n\nCats.\n\n## Made with\n" in card
+    # A run without scores of its own has those of the teacher all the same.
+    export_bundle(replace(described, scores={}), photos[:1], tmp_path / "out", **FACTS, **told, overwrite=True)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "This checkpoint has not been evaluated.\n\n| split | CIDEr |\n" in card
+    assert "| validation, the teacher's captioner | 0.7654 |" in card
 
 
 def test_scores_of_another_checkpoint_are_left_out(run):

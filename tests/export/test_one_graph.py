@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,10 +13,11 @@ import pytest
 from PIL import Image
 
 from bundles import ONE_GRAPH_TOLERANCES, exactest_precision
+from caption_export import one_graph
 from caption_export.cli import main
 from caption_export.errors import ExportError
 from caption_export.one_graph import build_one_graph, self_test_photos, verify_one_graph
-from caption_rt import Bundle, Captioner, DecodeOptions, OptionsError
+from caption_rt import Bundle, BundleError, Captioner, DecodeOptions
 from caption_rt.bundle import default_bundle_path
 from caption_rt.image import open_photo, read_photo
 
@@ -236,8 +238,8 @@ def test_the_command_writes_the_file_and_says_what_it_holds(tiny_bundle, tmp_pat
     assert first == f"{out}: fp32, greedy search, at most 5 words; {size} bytes"
     assert second == "the same words as caption-rt on 5 images"
     assert [path.name for path in out.parent.iterdir()] == ["caption.onnx"]
-    assert main(["graph", str(tiny_bundle), str(out)]) == OptionsError.exit_code
-    assert "exists already: add --overwrite" in capsys.readouterr().err
+    assert main(["graph", str(tiny_bundle), str(out)]) == BundleError.exit_code
+    assert "exists already: name another file, or replace it with --overwrite" in capsys.readouterr().err
     assert out.stat().st_size == size
     assert main(["graph", str(tiny_bundle), str(out), "--beam", "4", "--overwrite"]) == 0
     assert "a beam of 4, at most 8 words" in capsys.readouterr().out
@@ -249,6 +251,8 @@ def test_what_cannot_be_had_is_one_sentence(tiny_bundle, tmp_path, capsys):
         ([str(tiny_bundle), out, "--precision", "int8"], 2, "has no int8: it has fp32"),
         ([str(tmp_path / "none"), out], 3, "does not exist"),
         ([str(tiny_bundle), str(tmp_path)], 2, "is a directory"),
+        ([str(tiny_bundle), out, "--limit-photos", "3"], 2, "--limit-photos is about --photos: name a folder of them"),
+        ([str(tiny_bundle), out, "--beam", "1", "--length-penalty", "0.7"], 2, "--length-penalty is about a beam: add"),
         ([str(tiny_bundle), "/dev/null/caption.onnx"], 1, "cannot be written"),
     ):
         assert main(["graph", *arguments]) == code
@@ -256,6 +260,25 @@ def test_what_cannot_be_had_is_one_sentence(tiny_bundle, tmp_path, capsys):
         assert sentence in error
         assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_photos_are_compared_some_at_a_time_and_a_bad_one_is_passed_over(
+    tiny_bundle, tmp_path, photos, capsys, caplog, monkeypatch
+):
+    monkeypatch.setattr(one_graph, "_TOGETHER", 3)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(8):
+        shutil.copy(photos[number % 3], folder / f"{number}.jpg")
+    (folder / "0.jpg").write_bytes(b"no photo")
+    out = str(tmp_path / "caption.onnx")
+    arguments = ["graph", str(tiny_bundle), out, "--photos", str(folder)]
+    assert main([*arguments, "--limit-photos", "6"]) == 0
+    # Five of six, and the bundle's own two.
+    assert capsys.readouterr().out.endswith("the same words as caption-rt on 7 images\n")
+    assert [record.getMessage().startswith("passed over: ") for record in caplog.records] == [True]
+    assert main([*arguments, "--limit-photos", "1", "--overwrite"]) == ExportError.exit_code
+    assert "no photo can be read: name a folder of real photos" in capsys.readouterr().err
 
 
 def test_other_words_than_caption_rt_are_refused(tiny_opened, tiny_photos):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -242,7 +243,20 @@ def exported(out, run_folder, photos, data):
     """Have the command write a bundle in three precisions, with ranges from real photos; gives what it prints."""
     arguments = [run_folder, out, "--photos", photos[0].parent, "--calibration", photos[0].parent, "--dataset", data]
     arguments += [x for precision in ("int8", "fp32", "fp16") for x in ("--precision", precision)]
-    arguments += ["--min-sqnr", 5, "--min-equal-captions", 0, "--max-cider-loss", 10, "--beam", 2, "--name", "drawn"]
+    arguments += [
+        "--limit-photos",
+        2,
+        "--min-sqnr",
+        5,
+        "--min-equal-captions",
+        0,
+        "--max-cider-loss",
+        10,
+        "--beam",
+        2,
+        "--name",
+        "drawn",
+    ]
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(reduced, "METHODS", ("min-max", "percentile 99.9"))
@@ -265,7 +279,7 @@ def test_a_bundle_in_three_precisions_says_what_was_found(three):
     assert [line.split(":")[0] for line in lines[-8:-2]] == heads
     assert list(bundle.manifest.precisions) == ["fp32", "fp16", "int8"]
     found = json.loads(bundle.read("verification.json"))
-    assert found["photos"] == 5
+    assert found["photos"] == 2
     assert set(found["int8"]["outputs_sqnr_db"]) == {
         *("extractor.grid", "encoder.features", "encoder.keys", "encoder.initial_state"),
         *("decoder.log_probs", "decoder.next_state", "decoder.attention"),
@@ -287,6 +301,7 @@ def test_a_bundle_in_three_precisions_says_what_was_found(three):
             assert graph["bytes"] == bundle.manifest.files[file].size
     card = bundle.read("README.md").decode()
     assert "### int8" in card
+    assert re.search(r"found on a processor that .* x86 without VNNI.*: use fp32 there", card)
     for search in ("greedy search", "a beam of 2"):
         assert card.count(f"| captions with the same words, {search} | ") == 2
 
@@ -313,12 +328,15 @@ def test_a_bundle_in_three_precisions_is_verified_and_inspected(three, call, pho
         assert "ok  fp32 photos        3 captioned, the same words 1, 2, 7 at a time" in lines
         assert lines[-1] == f"{path} is what it says"
         result = call("inspect", path)
-        rows = [line.split()[:3] for line in result.stdout.splitlines() if line.startswith(tuple(PRECISIONS))]
+        graphs, _, measured = result.stdout.partition("scores by precision, in ONNX Runtime\n")
+        rows = [line.split()[:3] for line in graphs.splitlines() if line.startswith(tuple(PRECISIONS))]
         assert rows == [
             [precision, graph, f"{graph}{'' if precision == 'fp32' else f'-{precision}'}.onnx"]
             for precision in PRECISIONS
             for graph in ("extractor", "encoder", "decoder")
         ]
+        # Of fp32 two scores by each of two searches, of the others the share of equal captions as well.
+        assert [sum(x.startswith(name) for x in measured.splitlines()) for name in PRECISIONS] == [4, 6, 6]
         facts = json.loads(call("inspect", path, "--json").stdout)
         kinds = facts["precisions"]["int8"]["extractor"]["operators"]
         assert kinds["DequantizeLinear"] > kinds["QuantizeLinear"] > 50
@@ -338,7 +356,10 @@ def test_a_graph_of_another_precision_in_its_place_is_found(three, tmp_path, cal
     assert "verification.json is about another decoder graph in int8 than the one in the bundle" in result.stderr
 
 
-def test_a_bundle_of_int8_alone_and_one_that_is_refused(run, graphs, photos, drawn, tmp_path, monkeypatch):
+def test_a_bundle_of_int8_alone_and_one_that_is_refused(
+    call, run, graphs, photos, drawn, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(reduced, "multiplies_exactly", lambda: False)  # as where there is no VNNI
     pictures, captions = drawn
     scored = Scored(pictures[:4], {str(i): captions[str(i)] for i in range(4)})
     asked = Reduction(("int8",), pictures[4:8], scored, LOOSE)
@@ -351,6 +372,13 @@ def test_a_bundle_of_int8_alone_and_one_that_is_refused(run, graphs, photos, dra
         *("decoder-int8.onnx", "encoder-int8.onnx", "extractor-int8.onnx")
     ]
     assert Captioner.load(bundle, "cpu").caption(photos[0]).precision == "int8"
+    card = bundle.read("README.md").decode()
+    assert "Precisions: int8." in card.splitlines()
+    assert "the graphs in float32, which are not in this bundle, were run in ONNX Runtime" in card
+    assert "does not multiply them exactly, like any x86 without VNNI: for those, export with `--reduce-range`" in card
+    assert "this processor does not sum products of 8 bits exactly" in caplog.text
+    said = "about these graphs, made of those in float32, not in this bundle, which its export compared with TensorFlow"
+    assert said in call("verify", bundle.path).stdout
     strict = replace(asked, limits={"int8": Limits(150.0, 0.0, 10.0)})
     monkeypatch.setattr(reduced, "_KEPT", (0,))
     with pytest.raises(ExportError, match="and 150 dB are asked for"):
