@@ -76,7 +76,7 @@ def sidecar_bytes(name: str, record: Record, existing: bytes | None, mode: str =
 
     Raises:
         OptionsError: there is no such format or mode.
-        CaptionError: the existing file is not XMP that can be added to; it is best left alone.
+        CaptionError: the existing file is not text or XMP that can be added to; it is best left alone.
     """
     _check(name)
     if mode not in MODES:
@@ -88,16 +88,17 @@ def sidecar_bytes(name: str, record: Record, existing: bytes | None, mode: str =
         return f"{caption}\n".encode() if name == "txt" else xmp.new(caption)
     if mode == "skip":
         return None
-    if name == "txt":
-        result = f"{caption}\n".encode() if mode == "overwrite" else _append_line(existing, caption)
-    else:
-        try:
+    kind, article = ("text", "a") if name == "txt" else ("XMP", "an")
+    try:
+        if name == "xmp":
             result = xmp.describe(existing, caption, append=mode == "append")
-        except CaptionError as exc:
-            raise CaptionError(
-                f"the XMP file of {printable(record.path)} is left as it is: {exc}",
-                reason="has an XMP file that nothing can be added to",
-            ) from exc
+        else:
+            result = f"{caption}\n".encode() if mode == "overwrite" else _append_line(existing, caption)
+    except CaptionError as exc:
+        raise CaptionError(
+            f"the {kind} file of {printable(record.path)} is left as it is: {exc}",
+            reason=f"has {article} {kind} file that nothing can be added to",
+        ) from exc
     return None if result == existing else result
 
 
@@ -107,13 +108,20 @@ def _check(name: str) -> None:
 
 
 def _append_line(existing: bytes, caption: str) -> bytes:
-    """The text with the caption as its last line, in its own encoding and with its own line breaks."""
+    """The text with the caption as its last line, in its own encoding and with its own line breaks.
+
+    Raises:
+        CaptionError: it begins as text in UTF-16 does, and is not.
+    """
     encoding = "utf-8"
     for mark, named in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
         if existing.startswith(mark):
             encoding = named
     # Bytes that are no text, of whatever other encoding, come back as they were.
-    text = existing.decode(encoding, "surrogateescape" if encoding == "utf-8" else "surrogatepass")
+    try:
+        text = existing.decode(encoding, "surrogateescape" if encoding == "utf-8" else "surrogatepass")
+    except UnicodeDecodeError as exc:
+        raise CaptionError("it is not text in UTF-16") from exc
     if caption in (line.strip().lstrip("\ufeff") for line in text.splitlines()):
         return existing
     line_break = "\r\n" if "\r\n" in text else "\n"

@@ -145,6 +145,14 @@ def test_text_that_is_there_gets_a_further_line(existing, appended):
     )
 
 
+@pytest.mark.parametrize("damaged", [b"\xff\xfea", b"\xfe\xff\0a\0"])
+def test_damaged_text_is_left_as_it_is(damaged):
+    with pytest.raises(CaptionError) as caught:
+        sidecar_bytes("txt", DOG, damaged, "append")
+    assert str(caught.value) == "the text file of photos/a.jpg is left as it is: it is not text in UTF-16"
+    assert caught.value.reason == "has a text file that nothing can be added to"
+
+
 @pytest.mark.parametrize("name", ["txt", "xmp"])
 def test_nothing_is_written_without_a_caption(name):
     for result in (ImageError("a.jpg is empty"), caption_of("")):
