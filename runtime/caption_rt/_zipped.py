@@ -55,6 +55,7 @@ class Zipped:
             OSError: it cannot be read.
         """
         self._path = path
+        self._location = path.absolute()
         try:
             with self._opened() as archive:
                 entries = archive.infolist()
@@ -93,7 +94,7 @@ class Zipped:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[zipfile.ZipFile]:
         """The archive with its directory read, and no longer a limit to what is read of it."""
-        with _Archive(self._path) as file, zipfile.ZipFile(file) as archive:
+        with _Archive(self._location) as file, zipfile.ZipFile(file) as archive:
             file.limit = None
             yield archive
 

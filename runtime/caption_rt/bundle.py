@@ -87,6 +87,7 @@ class Bundle:
     def __init__(self, path: Path, files: _Files) -> None:
         """Read and verify everything; for `Bundle.open`."""
         self._path = path
+        self._location = path.absolute()
         self._files = files
         try:
             self._manifest = self._read_manifest()
@@ -112,7 +113,7 @@ class Bundle:
         where = Path(path)
         try:
             if where.is_dir():
-                return cls(where, _Folder(where))
+                return cls(where, _Folder(where.absolute()))
             if not where.exists():
                 raise BundleError(f"the bundle {printable(where)} does not exist: check the path")
             if not where.is_file():
@@ -130,8 +131,13 @@ class Bundle:
 
     @property
     def path(self) -> Path:
-        """The folder or zip file."""
+        """The folder or zip file, as it was named."""
         return self._path
+
+    @property
+    def location(self) -> Path:
+        """The same as an absolute path: a process may change its working folder."""
+        return self._location
 
     @property
     def sha256(self) -> str:

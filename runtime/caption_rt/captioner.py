@@ -95,8 +95,8 @@ class Captioner:
             bundle: a folder or zip file, or an open bundle; None for the one that travels with the package.
             device: "cpu"; "cuda" or "cuda:1", which is CUDA on the first or another GPU, or an error; "auto", which is
                 CUDA where it works and else the CPU.
-            intra_op_threads: threads that share the work of one operator; None for as many as the process may use
-                processors.
+            intra_op_threads: threads that share the work of one operator; None for as many as there are physical cores
+                that the process may use.
             limits: the largest photos that are read; None for the defaults of `PhotoLimits`.
             precision: "fp32", "fp16" or "int8", where the bundle has it; None for the best that it has for the device:
                 on CUDA the first of fp16, fp32 and int8, on a CPU the first of int8, fp32 and fp16.
@@ -144,9 +144,9 @@ class Captioner:
 
     def __reduce__(self) -> tuple[object, ...]:
         """The configuration; see the class."""
-        path = self._bundle.path
+        path = str(self._bundle.location)
         # The default bundle is found again wherever the package is installed.
-        stated = None if str(path) == _default_path() else str(path.absolute())
+        stated = None if path == _default_path() else path
         return _revived, (stated, self.key, self._device, self._intra_op_threads, self._limits, self._precision)
 
     @property

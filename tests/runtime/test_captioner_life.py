@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
 import weakref
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +102,19 @@ def test_a_captioner_survives_a_fork(captioner, photos):
         timeout=60,
     )
     assert done.stdout == f"{captioner.caption(photos[2]).text}\n" * 2
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_relative_path_holds_where_the_working_folder_changes(copy, photos, monkeypatch, tmp_path, zipped):
+    monkeypatch.chdir(tmp_path)
+    if zipped:
+        shutil.make_archive("copy", "zip", copy)
+    captioner = Captioner.load("copy.zip" if zipped else "copy", "cpu")
+    monkeypatch.chdir("/")
+    assert captioner.self_test().photos == captioner.self_test().photos == 2
+    revived = pickle.loads(pickle.dumps(captioner))
+    assert revived.caption(photos[0]).text == captioner.caption(photos[0]).text
+    assert captioner.bundle.path == Path("copy.zip" if zipped else "copy")
 
 
 def test_pickle_takes_the_configuration_alone(copy, photos, tiny_bundle, monkeypatch):
