@@ -330,11 +330,12 @@ def check_precision(bundle: Bundle, precision: str | None) -> None:
         OptionsError: it is none of `caption_rt.bundle.PRECISIONS`, or the bundle does not have it.
     """
     there = bundle.manifest.precisions
-    if precision is None or precision in there:
+    if precision is None:
         return
-    if precision not in PRECISIONS:
-        raise OptionsError(f"the precision is one of {', '.join(PRECISIONS)}, not {printable(precision)!r}")
-    raise OptionsError(f"the bundle {printable(bundle.path)} has no {precision}: it has {' and '.join(there)}")
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        raise OptionsError(f"the precision is one of {', '.join(PRECISIONS)}, not {printable(repr(precision))}")
+    if precision not in there:
+        raise OptionsError(f"the bundle {printable(bundle.path)} has no {precision}: it has {' and '.join(there)}")
 
 
 @functools.cache

@@ -102,6 +102,8 @@ def test_a_precision_that_is_not_there_is_refused_with_those_that_are(two):
         Captioner.load(two, "cpu", precision="fp16")
     with pytest.raises(OptionsError, match=r"^the precision is one of fp32, fp16, int8, not 'fp8'$"):
         Captioner.load(two, "cpu", precision="fp8")
+    with pytest.raises(OptionsError, match=r"^the precision is one of fp32, fp16, int8, not \[\]$"):
+        Captioner.load(two, "cpu", precision=[])
 
 
 def test_a_pickled_captioner_keeps_its_precision(two):
