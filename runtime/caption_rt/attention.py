@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from caption_rt.errors import CaptionError, OptionsError, printable, remedy_of
-from caption_rt.image import ImageSource, open_photo
+from caption_rt.image import ImageSource, PhotoLimits, open_photo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,13 +125,22 @@ def highlight(photo: Image.Image, attention: NDArray[np.float32]) -> NDArray[np.
     return np.asarray(shown + (1 - shown) * _GLOW * light, dtype=np.float32)
 
 
-def save_plot(image: ImageSource, caption: "Caption", path: str | os.PathLike[str]) -> None:
+def save_plot(
+    image: ImageSource,
+    caption: "Caption",
+    path: str | os.PathLike[str],
+    *,
+    limits: PhotoLimits | None = None,
+    name: str | None = None,
+) -> None:
     """Read the photo, plot its caption's attention and write the plot.
 
     Args:
         image: the photo that was captioned.
         caption: its caption.
         path: the file to write or replace; its ending is one of `PLOT_FORMATS`.
+        limits: the largest photos that are read; None for the defaults of `PhotoLimits`.
+        name: how errors call a photo that is given as bytes, such as the path that they came from.
 
     Raises:
         OptionsError: another ending, or matplotlib is not installed.
@@ -139,8 +148,7 @@ def save_plot(image: ImageSource, caption: "Caption", path: str | os.PathLike[st
         CaptionError: the file cannot be written.
     """
     target = check_plot_path(path)
-    # Twice the panel's size leaves enough for a good reduction.
-    figure = plot_attention(open_photo(image, at_least=2 * _PANEL_PIXELS), caption)
+    figure = plot_attention(_photo(image, limits, name), caption)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         dpi = min(_DPI, math.sqrt(_MOST_PIXELS / (figure.get_figwidth() * figure.get_figheight())))
@@ -155,12 +163,16 @@ def save_plot(image: ImageSource, caption: "Caption", path: str | os.PathLike[st
         temporary.unlink(missing_ok=True)
 
 
-def show_plot(image: ImageSource, caption: "Caption") -> None:
+def show_plot(
+    image: ImageSource, caption: "Caption", *, limits: PhotoLimits | None = None, name: str | None = None
+) -> None:
     """Open a window with the plot, and wait until it is closed. For a program of its own: pyplot's state is used.
 
     Args:
         image: the photo that was captioned.
         caption: its caption.
+        limits: the largest photos that are read; None for the defaults of `PhotoLimits`.
+        name: how errors call a photo that is given as bytes, such as the path that they came from.
 
     Raises:
         OptionsError: matplotlib is not installed, there is no screen, or nothing that opens a window.
@@ -170,8 +182,13 @@ def show_plot(image: ImageSource, caption: "Caption") -> None:
     from matplotlib import pyplot
 
     figure = pyplot.figure(num=f"caption-rt: {caption.text}")
-    plot_attention(open_photo(image, at_least=2 * _PANEL_PIXELS), caption, figure)
+    plot_attention(_photo(image, limits, name), caption, figure)
     pyplot.show(block=True)
+
+
+def _photo(image: ImageSource, limits: PhotoLimits | None, name: str | None) -> Image.Image:
+    # Twice the panel's size leaves enough for a good reduction.
+    return open_photo(image, at_least=2 * _PANEL_PIXELS, limits=limits or PhotoLimits(), name=name)
 
 
 def check_screen() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from caption_rt.guard import Fault
-from caption_rt.image import ImageSource
+from caption_rt.image import ImageSource, PhotoLimits
 from caption_rt.options import Strategy
 from caption_rt.strategies import Ended
 
@@ -113,12 +113,22 @@ class Caption:
             ]
         return values
 
-    def plot(self, image: ImageSource, path: str | os.PathLike[str]) -> None:
+    def plot(
+        self,
+        image: ImageSource,
+        path: str | os.PathLike[str],
+        *,
+        limits: PhotoLimits | None = None,
+        name: str | None = None,
+    ) -> None:
         """Write a picture of the photo, once a word, with that word's attention over it.
 
         Args:
             image: the photo that was captioned.
             path: where to write; PNG, SVG or PDF by its ending. A file that is there is replaced.
+            limits: the largest photo that is read, as the captioner had it (`Captioner.limits`); None for the defaults
+                of `PhotoLimits`.
+            name: how errors call a photo that is given as bytes, such as the path that they came from.
 
         Raises:
             OptionsError: another ending, or matplotlib (the extra `plot`) is not installed.
@@ -127,4 +137,4 @@ class Caption:
         """
         from caption_rt.attention import save_plot  # matplotlib is an extra
 
-        save_plot(image, self, path)
+        save_plot(image, self, path, limits=limits, name=name)

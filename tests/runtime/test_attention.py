@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from caption_rt import Caption, CaptionError, ImageError, OptionsError, Timing
+from caption_rt import Caption, CaptionError, ImageError, OptionsError, PhotoLimits, Timing
 from caption_rt.attention import plot_attention, upsample
+from caption_rt.cli import main
 
 pytest.importorskip("matplotlib")
 
@@ -147,6 +148,23 @@ def test_the_photo_is_drawn_upright(tmp_path):
     with Image.open(tmp_path / "a.png") as plot:
         width, height = plot.size
     assert height > 2 * width
+
+
+def test_limits_are_those_that_are_given(tmp_path, photos):
+    few = PhotoLimits(max_pixels=100)
+    with pytest.raises(ImageError, match=r"^here\.jpg .*100"):
+        caption_of(["a"]).plot(photos[1].read_bytes(), tmp_path / "a.png", limits=few, name="here.jpg")
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.slow
+def test_the_command_plots_what_it_may_read(tmp_path, tiny_bundle, capsys):
+    """A photo above the limit of pixels that holds where nothing else is asked for."""
+    Image.new("1", (14_000, 13_000)).save(tmp_path / "large.png")
+    arguments = ["--device", "cpu", "--model", str(tiny_bundle), "--plot", str(tmp_path / "a.png")]
+    code = main([*arguments, "--max-pixels", "182000000", str(tmp_path / "large.png")])
+    assert (code, capsys.readouterr().err) == (0, "")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 def test_nothing_is_said_of_a_folder_that_matplotlib_cannot_write(tmp_path, tiny_bundle, photos):
