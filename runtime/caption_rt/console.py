@@ -5,13 +5,14 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import IO
 
 import click
 
 from caption_rt import ctrl_c
 from caption_rt.errors import CaptionError, OptionsError, printable, remedy_of
 
-__all__ = ["complain", "echo", "run_command", "say"]
+__all__ = ["complain", "drop", "echo", "run_command", "say"]
 
 # What a shell reports for a program that Ctrl-C or a closed pipe ended: 128 + the signal's number.
 _INTERRUPTED, _PIPE_CLOSED = 130, 141
@@ -46,7 +47,8 @@ def run_command(
         # A daemon may start with them closed: what would be printed is lost, and the work is done all the same.
         if getattr(sys, stream_name) is None:
             setattr(sys, stream_name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
         # A name or word that the terminal's encoding lacks is printed as an escape rather than ending the run.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -81,10 +83,17 @@ def run_command(
         brings = f"caption-rt[{extra}]" if extra else "caption-rt"
         complain(name, f"{exc.name} is not installed: pip install '{brings}' brings it")
         return OptionsError.exit_code
+    except (BrokenPipeError, SystemExit) as exc:
+        # click makes an exit with 1 of the one, wherever it came from, and puts streams of its own in place of ours.
+        if isinstance(exc, SystemExit) and sys.stdout is streams[0]:
+            raise
+        sys.stdout, sys.stderr = streams
+        drop(sys.stdout)
+        return _PIPE_CLOSED
     except OSError as exc:
         reason = exc.strerror or exc
         if exc.filename is None:
-            _drop_output()
+            drop(sys.stdout)
         remedy = remedy_of(exc)
         complain(name, f"{exc.filename or 'the output cannot be written'}: {reason}{remedy and ': '}{remedy}")
         return CaptionError.exit_code
@@ -97,7 +106,7 @@ def say(name: str, message: str) -> None:
         name: the program's name.
         message: a sentence.
     """
-    click.echo(f"{name}: {printable(message)}", err=True)
+    _tell(f"{name}: {printable(message)}")
 
 
 def complain(name: str, message: str) -> None:
@@ -107,7 +116,15 @@ def complain(name: str, message: str) -> None:
         name: the program's name.
         message: a sentence.
     """
-    click.echo(f"{name}: error: {printable(message)}", err=True)
+    _tell(f"{name}: error: {printable(message)}")
+
+
+def _tell(line: str) -> None:
+    """Print a line on stderr; where that is gone, as a terminal that was closed, nobody misses it."""
+    try:
+        click.echo(line, err=True)
+    except OSError:
+        drop(sys.stderr)
 
 
 def echo(line: str | bytes) -> None:
@@ -119,15 +136,19 @@ def echo(line: str | bytes) -> None:
     try:
         click.echo(line, nl=isinstance(line, str))
     except BrokenPipeError as exc:
-        _drop_output()
+        drop(sys.stdout)
         raise click.exceptions.Exit(_PIPE_CLOSED) from exc
 
 
-def _drop_output() -> None:
-    """Send what is still buffered nowhere: Python would try to write it once more at exit, and report that."""
-    # A stdout that an embedding program put there has no file, and nothing to drop.
+def drop(stream: IO[str]) -> None:
+    """Send what is still buffered nowhere: Python would try to write it once more at exit, and report that.
+
+    Args:
+        stream: standard output or standard error, whose reader is gone.
+    """
+    # One that an embedding program put there has no file, and nothing to drop.
     with contextlib.suppress(OSError):
-        target = sys.stdout.fileno()
+        target = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, target)
         os.close(nowhere)

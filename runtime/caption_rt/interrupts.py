@@ -1,7 +1,9 @@
 """Ctrl-C and what else asks a run to end: the first time in order, the second time at once."""
 
+import contextlib
 import os
 import signal
+import stat
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -67,6 +69,19 @@ class Interrupts:
         # On a terminal there is perhaps a bar in the line, which hides the cursor. Past Python's buffers, which may be
         # in use just now.
         start = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""
-        os.write(2, f"{start}{self._lines[again]}\n".encode())
+        with contextlib.suppress(OSError):  # nobody is there any longer
+            os.write(2, f"{start}{self._lines[again]}\n".encode())
         if again:
             os._exit(128 + number)
+        _leave_closed_terminals()
+
+
+def _leave_closed_terminals() -> None:
+    """Let what is still printed on a terminal that was closed go nowhere, rather than end the run."""
+    for target in (1, 2):
+        with contextlib.suppress(OSError):
+            # A closed one is a terminal no longer, but still a device.
+            if stat.S_ISCHR(os.fstat(target).st_mode) and not os.isatty(target):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, target)
+                os.close(nowhere)

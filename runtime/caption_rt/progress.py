@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from caption_rt.console import drop
 from caption_rt.errors import CaptionError, ImageError, OptionsError, printable, remedy_of, shown
 
 if TYPE_CHECKING:
@@ -187,16 +189,27 @@ class Bar:
     ) -> None:
         """Leave the bar's line."""
         if self._bar is not None:
-            self._bar.__exit__(kind, exc, traceback)
+            with _not_to_be_seen():
+                self._bar.__exit__(kind, exc, traceback)
 
     def advance(self, count: int) -> None:
         """Move on."""
         self._count += count
         if self._bar is not None:
-            self._bar.update(count)
+            with _not_to_be_seen():
+                self._bar.update(count)
 
     def _rate(self) -> str:
         return f"{self._count / max(perf_counter() - self._start, 1e-9):.1f} photos/s"
+
+
+@contextlib.contextmanager
+def _not_to_be_seen() -> Iterator[None]:
+    """Go on where the terminal was closed: a bar is no reason to end a run."""
+    try:
+        yield
+    except OSError:
+        drop(sys.stderr)
 
 
 def _photos(count: int) -> str:

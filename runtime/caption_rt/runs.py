@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from caption_rt import ctrl_c
 from caption_rt.command_options import OPTION_NAMES, decode_options
 from caption_rt.console import complain, echo, say
@@ -218,7 +216,7 @@ class _Run:
         request, tally = self._request, self._tally
         if self._many:
             for line in tally.lines():
-                click.echo(f"{_NAME}: {line}", err=True)
+                say(_NAME, line)
         if self._interrupts.stopped:
             complain(_NAME, _interrupted(request))
             return self._interrupts.exit_code
@@ -235,11 +233,11 @@ class _Run:
             return
         assert source.data is not None
         if self._request.given["plot"] is not None:
-            caption.plot(source.data, self._request.given["plot"])
+            caption.plot(source.data, self._request.given["plot"], limits=self._limits, name=source.name)
         if self._request.given["show"]:
             from caption_rt.attention import show_plot
 
-            show_plot(source.data, caption)
+            show_plot(source.data, caption, limits=self._limits, name=source.name)
 
 
 def _bare(record: Record) -> bytes:

@@ -15,6 +15,7 @@ from PIL import Image
 
 import caption_rt
 from caption_rt import cli
+from running import started
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -475,6 +476,22 @@ def test_a_reader_that_leaves_early_ends_the_run_quietly(tiny_bundle, photos):
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait() == 141
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_reader_that_leaves_ends_the_command_wherever_it_prints(photos, tmp_path):
+    """What click prints by itself, and an output that is a pipe."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = started("--help", stdout=writer)
+    os.close(writer)
+    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 141)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    process = started(*photos * 9, "-o", pipe, "--format", "jsonl", "--batch-size", "1")
+    with pipe.open("rb", buffering=0) as file:
+        file.read(10)
+    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 141)
 
 
 def test_main_returns_its_code_and_never_exits(tiny_bundle, photos, capsys):

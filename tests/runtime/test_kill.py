@@ -1,6 +1,8 @@
 """A run over folders that is ended at any moment, and called again, ends as one that was never ended."""
 
+import fcntl
 import os
+import pty
 import random
 import resource
 import shutil
@@ -8,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -223,6 +226,32 @@ def test_a_signal_while_standard_input_is_waited_for(tmp_path):
     process.communicate(timeout=10)
     assert process.returncode == 130
     assert 2 <= len(out.read_bytes().splitlines()) < 30
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_terminal_that_is_closed(tmp_path, told):
+    """With SIGHUP the batches in the network are finished and written; without, as after a shell's disown, all."""
+    expected = unbroken(tmp_path, 60, "jsonl", batch_size=2)["out.jsonl"]
+    ours, theirs = pty.openpty()
+    out = tmp_path / "out.jsonl"
+    process = started(
+        *arguments(tmp_path, "jsonl", batch_size=2),
+        **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+        start_new_session=True,
+        preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if told else None,
+    )
+    os.close(theirs)
+    while b"photos/s" not in os.read(ours, 1 << 16) or not out.exists() or out.stat().st_size < 1000:
+        assert process.poll() is None
+    os.close(ours)
+    assert process.wait(30) == (128 + signal.SIGHUP if told else 6)
+    data = out.read_bytes()
+    assert expected.startswith(data)
+    assert data.endswith(b"\n")
+    if told:
+        assert len(data) < len(expected)
+        assert ended(forked(arguments(tmp_path, "jsonl", batch_size=2))) == 6
+    assert out.read_bytes() == expected
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path):
