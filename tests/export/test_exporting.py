@@ -18,6 +18,8 @@ from caption_export.exporting import export_bundle, made_with, read_photos, scor
 from caption_export.pipelines import best_captions
 from caption_rt import Bundle, BundleError, Captioner, DecodeOptions, EngineError, OptionsError
 from caption_rt.image import FORMATS
+from caption_train.importing import import_tutorial
+from caption_train.runs import open_run
 
 pytestmark = pytest.mark.tf
 
@@ -246,7 +248,9 @@ def test_the_card_says_where_the_extractor_comes_from(extractor, said):
 @pytest.mark.usefixtures("quick")
 def test_the_card_has_the_teachers_scores_and_its_makers_notes(run, photos, tmp_path):
     distilled = {"layer": "stage3", "weights": "student", "distillation": {"teacher": {"weights": "b", "layer": "m"}}}
-    described = replace(run, facts={**run.facts, "extractor": distilled})
+    # How captions were decoded is said where it is not how the model usually does.
+    scores = {"validation": {**run.scores["validation"], "sample": True, "max_words": run.max_words}}
+    described = replace(run, facts={**run.facts, "extractor": distilled}, scores=scores)
     told = {"teacher_scores": {"validation": {"CIDEr": 0.7654}}, "notes": "\n## What it is bad at\n\nCats.\n\n"}
     export_bundle(described, photos[:1], tmp_path / "out", **FACTS, **told)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -255,6 +259,8 @@ def test_the_card_has_the_teachers_scores_and_its_makers_notes(run, photos, tmp_
     rows = [line for line in card.splitlines() if line.startswith("| validation")]
     assert [row.split(" | ")[0] for row in rows] == ["| validation", "| validation, the teacher's captioner"]
     assert ["0.4321" in rows[0], "0.7654" in rows[1]] == [True, True]
+    assert "| split | photos | checkpoint | beam size | BLEU-4 | CIDEr | sample |" in card.splitlines()
+    assert rows[0].endswith(" | 0.4321 | True |")
     assert "Licence of the weights: CC0-1.0\n\n## What it is bad at\n\nCats.\n\n## Made with\n" in card
     # A run without scores of its own has those of the teacher all the same.
     export_bundle(replace(described, scores={}), photos[:1], tmp_path / "out", **FACTS, **told, overwrite=True)
@@ -271,6 +277,23 @@ def test_scores_of_another_checkpoint_are_left_out(run):
     # Evaluated, then trained further: the best checkpoint is another one now.
     steps = {"validation": {"checkpoint": "best", "step": 20}, "test": {"checkpoint": "best", "step": 30}}
     assert scores_of_checkpoint(replace(run, scores=steps)) == {"test": steps["test"]}
+
+
+def test_what_is_imported_from_the_tutorial_says_nothing_of_a_training(
+    run, run_folder, reset_graphs, photos, tmp_path, monkeypatch
+):
+    """The run's own checkpoint is one of the tutorial's: the names are the same, and it resets the state."""
+    ids = {word: row for row, word in enumerate(run.vocabulary.words) if row}
+    tokenizer = {"config": {"word_index": json.dumps(ids), "oov_token": "<unk>", "num_words": None}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    import_tutorial(tmp_path / "run", run_folder / "best", tmp_path / "tokenizer.json", str(run_folder), run.max_words)
+    monkeypatch.setattr(exporting, "build_graphs", lambda run: reset_graphs)
+    export_bundle(open_run(tmp_path / "run"), photos[:1], tmp_path / "out", **FACTS)
+    manifest = Bundle.open(tmp_path / "out").manifest
+    assert manifest.recurrence == "reset"
+    assert manifest.training["imported_from"] == {"checkpoint": "ckpt-30", "tokenizer": "tokenizer.json"}
+    assert not manifest.training.keys() & {"training", "evaluation"}
+    assert "epochs" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_run_that_says_nothing_of_itself_is_exported(reset_run, reset_graphs, photos, tmp_path, monkeypatch):
