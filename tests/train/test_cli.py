@@ -140,14 +140,33 @@ def test_evaluate_shows_generated_beside_real(
     assert (record["beam_size"], record["length_penalty"]) == (3, 0.5)
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder that takes no file from anybody is of Linux")
+def test_evaluate_samples_and_prints_before_it_writes_the_page(
+    data: Path, trained: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = trained
+    arguments = ["evaluate", data, folder, "--sample", "--seed", "3", "--no-java", "--page", "/proc/worst.html"]
+    assert main(list(map(str, arguments))) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("BLEU-1")
+    assert "worst.html" in captured.err
+    record = json.loads((folder / "scores.json").read_text())["validation"]
+    assert (record["sample"], record["beam_size"], record["max_words"]) == (True, 1, 12)
+
+
 def test_scores_of_other_data_are_not_the_runs(
-    trained: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: tuple[Path, subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, _ = trained
     before = (folder / "scores.json").read_bytes()
-    other = write_flickr8k(tmp_path / "other", (0, 3), (6, 9), captions=["{}"])
-    assert main(["evaluate", str(other), str(folder), "--show", "0", "--no-java"]) == 0
+    other = write_flickr8k(tmp_path / "other", (0, 3), (6, 9), captions=["{} \x1b[31m"])
+    assert main(["evaluate", str(other), str(folder), "--show", "1", "--no-java"]) == 0
     assert "not the data that" in caplog.text
+    # Whoever wrote the data set has no say over the terminal.
+    assert capsys.readouterr().out.endswith(f"  real       {shape_photo(6)[1]} \\x1b[31m\n")
     assert (folder / "scores.json").read_bytes() == before
 
 
@@ -178,6 +197,11 @@ def test_scores_of_other_data_are_not_the_runs(
         (["evaluate", "{data}", "{run}", "--split", "test"], 2, "the data set flickr8k has no test split"),
         (["evaluate", "{data}", "{tmp}"], 7, "is no run folder: it has no run.json"),
         (["evaluate", "{data}", "{run}", "--beam", "1001"], 2, "beam must be a whole number from 1 to 1000, not 1001"),
+        (["evaluate", "{data}", "{run}", "--sample", "--beam", "3"], 2, "sampling keeps no beam: --beam must be 1"),
+        (["evaluate", "{data}", "{run}", "--seed", "3"], 2, "--seed needs --sample"),
+        (["evaluate", "{data}", "{run}", "--page", "{data}"], 2, "set is a folder: name a file"),
+        (["evaluate", "{data}", "{run}", "--page", ""], 2, "--page . is a folder: name a file"),
+        (["evaluate", "{data}", "{run}", "--page", "gone/a.html"], 2, "the folder gone of the page does not exist"),
         (
             ["distill", "{data}/images", "--out", "{tmp}/d", "--learning-rate", "0"],
             2,

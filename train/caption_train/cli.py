@@ -41,7 +41,8 @@ def command(verbose: bool) -> None:
       caption-train caption photo.jpg runs/first    a photo's caption, before any export
       caption-export runs/first my-bundle ...       make a bundle of it for caption-rt
 
-    Exit codes: 0 done, 1 disk, 2 options, 3 vocabulary, 4 photo, 6 data set, 7 training, 130 interrupted (Ctrl-C).
+    Exit codes: 0 done, 1 disk, 2 options, 3 vocabulary or bundle, 4 photo, 5 a network gives no numbers, 6 data set,
+    7 training, 130 interrupted (Ctrl-C).
     """  # noqa: D301 - \b is click's mark for lines that stay as they are
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("caption_train").setLevel(logging.INFO)

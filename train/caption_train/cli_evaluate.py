@@ -47,6 +47,8 @@ class Findings:
     "--length-penalty", type=float, default=0.0, help="More favours longer captions (Wu et al. 2016, eq. 14)."
 )
 @click.option("--max-words", type=COUNT, help="Cut captions after so many.  [default: as in training]")
+@click.option("--sample", is_flag=True, help="Draw words by their probability rather than search.")
+@click.option("--seed", type=int, help="With --sample: the same number gives the same captions.  [default: 0]")
 @click.option("--show", type=click.IntRange(0), default=5, help="Photos whose captions are shown beside the real ones.")
 @click.option("--page", type=PATH, help="Write the twenty photos with the worst captions to this HTML file.")
 @click.option(
@@ -75,15 +77,24 @@ def evaluate(
 
     What of DATA belongs to which split is as it was when RUN was trained (--limit, --validation-share, --data-seed).
     """
+    if decoding["seed"] is not None and not decoding["sample"]:
+        raise click.UsageError("--seed needs --sample")
+    if page is not None:
+        _check_page(page)
     with quiet_stderr():
         from caption_train.runs import data_choices
     dataset = load_dataset(data, images=images, max_missing_share=max_missing_share, **data_choices(run))
     found = evaluate_split(run, dataset, split, cache or run / "grids", checkpoint, decoding, java=java)
-    if page is not None:
-        _write_page(page, found.evaluation, f"{run.name}, {split} photos")
     if as_json:
         echo(json.dumps(_to_dict(found)))
-        return
+    else:
+        _print(found, show)
+    if page is not None:
+        _write_page(page, found.evaluation, f"{run.name}, {split} photos")
+
+
+def _print(found: Findings, show: int) -> None:
+    """Print scores, statistics, and the captions of some photos."""
     print_scores(found)
     for line in found.statistics.lines():
         echo(line)
@@ -91,7 +102,7 @@ def evaluate(
     for image, caption in pairs[:: max(1, len(pairs) // max(1, show))][:show]:
         echo(f"\n{printable(image.path.name)}\n  generated  {caption}")
         for reference in image.captions:
-            echo(f"  real       {reference}")
+            echo(f"  real       {printable(reference)}")
 
 
 def evaluate_split(
@@ -112,7 +123,8 @@ def evaluate_split(
         split: "train", "validation" or "test".
         cache: Folder of the grid features.
         checkpoint: "best" or "last".
-        decoding: Of `DecodeOptions`, what was asked for; None is left as it is.
+        decoding: Of `DecodeOptions`, what was asked for; None is left as it is. The guard is off unless it is among it:
+            scores are the model's own.
         java: Whether METEOR and SPICE are computed where they can be; what cannot is logged in one line.
     """
     from caption_rt.options import DecodeOptions
@@ -125,7 +137,7 @@ def evaluate_split(
         raise OptionsError(f"the data set {dataset.name} has no {split} split")
     trained = open_run(run, checkpoint)
     given = {name: value for name, value in decoding.items() if value is not None}
-    options = DecodeOptions(**{"max_words": trained.max_words, **given})
+    options = DecodeOptions(**{"max_words": trained.max_words, "guard": False, **given})
     with progress_bar("captions", len(images)) as advance:
         found = evaluate(trained, images, cache, options, on_photos=lambda count: advance(count, "captions"))
     if java:
@@ -163,6 +175,14 @@ def _to_dict(found: Findings) -> dict[str, Any]:
         "statistics": found.statistics.to_dict(),
         "captions": rows,
     }
+
+
+def _check_page(page: Path) -> None:
+    """Find now what would be found when all photos are captioned."""
+    if page.is_dir():
+        raise OptionsError(f"--page {printable(page)} is a folder: name a file")
+    if not page.parent.is_dir():
+        raise OptionsError(f"the folder {printable(page.parent)} of the page does not exist: make it first")
 
 
 def _write_page(path: Path, found: Evaluation, title: str) -> None:
