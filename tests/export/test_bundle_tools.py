@@ -318,6 +318,9 @@ def test_words_that_depend_on_the_batch_are_found(call, tiny_bundle, photos, mon
 
 
 def test_verify_needs_photos_that_can_be_read(call, tiny_bundle, tmp_path, caplog):
+    result = call("verify", tiny_bundle, "--limit-photos", 3)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--limit-photos is about --photos: name a folder of them, or leave it out" in result.stderr
     result = call("verify", tiny_bundle, "--photos", tmp_path)
     assert (result.exit_code, result.stdout) == (6, "")
     (tmp_path / "no.jpg").write_bytes(b"no photo")
