@@ -1,6 +1,8 @@
 """Runs that start from another one: fine-tuning of the extractor, then self-critical training."""
 
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from caption_rt.errors import OptionsError
 from caption_rt.options import DecodeOptions
@@ -237,8 +240,51 @@ def test_what_is_kept_of_a_run_is_opened_like_it(tuned: Path, critical: Path, tm
         assert weights_key(mine.extractor) == weights_key(theirs.extractor)
         for weight, wanted in zip(mine.model.get_weights(), theirs.model.get_weights(), strict=True):
             np.testing.assert_array_equal(weight, wanted)
-        sizes = [sum(x.stat().st_size for x in (folder / "best").glob("*.data-*")) for folder in (out, run)]
-        assert sizes[0] < 0.5 * sizes[1]  # Adam has two numbers a weight
+        # The extractor is in a file of its own, with what was learnt; the optimisers have two numbers a weight.
+        kept = {name.partition("/")[0] for name, _ in tf.train.list_variables(str(out / "best"))}
+        assert kept == {"_CHECKPOINTABLE_OBJECT_GRAPH", "encoder", "decoder", "step", "save_counter"}
+        # Once more, and nothing is left of the copy before.
+        (out / "older.txt").write_text("left over")
+    subprocess.run(list(map(str, command)), check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert not (out / "older.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([tuned.name, critical.name])
+
+
+@pytest.mark.slow
+def test_what_the_extractor_learnt_comes_from_the_checkpoint_until_training_ends(
+    tuned: Path, base: Path, tmp_path: Path
+) -> None:
+    begun = shutil.copytree(tuned, tmp_path / "begun")
+    shutil.copy(base / "extractor.weights.h5", begun)
+    found, wanted, first = (weights_key(open_run(folder).extractor) for folder in (begun, tuned, base))
+    assert found == wanted
+    assert found != first
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("run", "lie in one another"),
+        ("run/kept", "lie in one another"),
+        (".", "lie in one another"),
+        ("photos", "is there and is no run"),
+        ("photos/a.jpg", "is there and is no run"),
+        ("other", "is a run that can go on"),
+    ],
+)
+def test_nothing_but_an_earlier_copy_is_replaced_by_what_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, reason: str
+) -> None:
+    for name in ("run/run.json", "run/best/ckpt-1.index", "photos/a.jpg", "other/run.json", "other/last/checkpoint"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    before = sorted(tmp_path.rglob("*"))
+    main = runpy.run_path(str(KEEP))["main"]
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "run"), str(tmp_path / out)])
+    assert ended.value.code == 2
+    assert reason in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("block", ["mixed2", "mixed0", "conv_1"])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
 from caption_train.errors import TrainingError, first_line
 
@@ -82,24 +83,34 @@ def plain_path(path: str) -> Iterator[str]:
         yield f"{folder}/ckpt"
 
 
-def read_checkpoint(path: str, parts: Mapping[str, Any]) -> None:
+def read_checkpoint(path: str, parts: Mapping[str, Any], if_there: Mapping[str, Any] | None = None) -> None:
     """Restore some of what a checkpoint holds.
 
     Args:
         path: The checkpoint, without the endings of its files.
         parts: Names to models and variables; all of their values must be in it.
+        if_there: The same of parts that the checkpoint may lack as a whole, which then stay as they are.
 
     Raises:
         TrainingError: It cannot be read, or is of something else.
     """
     try:
         with plain_path(path) as plain:
+            if if_there:
+                held = _parts_of(plain)
+                parts = {**parts, **{name: part for name, part in if_there.items() if name in held}}
             # Partial is expected first: else TensorFlow logs what is left over when the check fails.
             tf.train.Checkpoint(**parts).restore(plain).expect_partial().assert_existing_objects_matched()
     except _UNREADABLE as exc:
         raise TrainingError(f"the checkpoint {path} cannot be read: {first_line(exc)}") from exc
     except (ValueError, AssertionError) as exc:
         raise TrainingError(f"the checkpoint {path} is of another model: {first_line(exc)}") from exc
+
+
+def _parts_of(path: str) -> set[str]:
+    """The names of what a checkpoint was made of."""
+    graph = TrackableObjectGraph.FromString(tf.train.load_checkpoint(path).get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
+    return {child.local_name for child in graph.nodes[0].children}
 
 
 @contextlib.contextmanager

@@ -148,9 +148,10 @@ def open_run(folder: Path, which: str = BEST) -> Run:
     model = CaptionModel(model_config(settings, rows * columns, channels, len(vocabulary)))
     step = tf.Variable(0, dtype=tf.int64, trainable=False)
     parts = {"encoder": model.encoder, "decoder": model.decoder, "step": step}
-    if (block := settings.extractor.learns_from) is not None:
-        parts["extractor"] = upper_part(extractor, block)
-    read_checkpoint(path, parts)
+    block = settings.extractor.learns_from
+    learnt = {} if block is None else {"extractor": upper_part(extractor, block)}
+    # Its file has what was learnt once training has ended; what is kept of a run (models/keep.py) has it there alone.
+    read_checkpoint(path, parts, if_there=learnt)
     # How an imported model was trained is not known.
     unknown = {"training", "evaluation"} if "imported_from" in record else set()
     sections = {name: values for name, values in settings.as_dict().items() if name not in record.keys() | unknown}
