@@ -148,14 +148,18 @@ def run_bound(session: Any, feeds: Mapping[str, Any], places: Mapping[str, Devic
 
 
 @contextlib.contextmanager
-def engine_errors(what: str) -> Iterator[None]:
+def engine_errors(what: str, remedy: str = "; caption-rt --doctor says what works") -> Iterator[None]:
     """The one seam where ONNX Runtime's errors become ours.
 
     Its exceptions have no common base: fifteen classes of its binding, beside ValueError and RuntimeError of its Python
     part. Nothing but ONNX Runtime runs inside, so every exception is one of its own.
+
+    Args:
+        what: the beginning of the sentence.
+        remedy: its end.
     """
     try:
         yield
     except Exception as exc:
         reason = " ".join(str(exc).split())
-        raise EngineError(f"{what}: {printable(reason[:300])}") from exc
+        raise EngineError(f"{what}: {printable(reason[:300])}{remedy}") from exc

@@ -156,9 +156,11 @@ _DECODING = {
 }
 
 
+_OURS = ("max_pixels", "max_bytes", "batch_size", "ledger", "device", "precision")
+
 OPTION_NAMES: Mapping[str, str] = {
     **{name: f"--{option.replace('_', '-')}" for option, name in _DECODING.items()},
-    **{name: f"--{name.replace('_', '-')}" for name in ("max_pixels", "max_bytes", "batch_size", "ledger")},
+    **{name: f"--{name.replace('_', '-')}" for name in _OURS},
     **{"intra_op_threads": "--threads", "include": "--include", "exclude": "--exclude", "null": "-0"},
 }
 """The options that stand for our parameters; see `caption_rt.errors.Parameter`."""

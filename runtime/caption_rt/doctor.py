@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import caption_rt
 from caption_rt import _cuda, threads
 from caption_rt.bundle import FORMAT_VERSION, MANIFEST_FILE, Bundle, default_bundle_path
+from caption_rt.command_options import OPTION_NAMES
 from caption_rt.devices import Device, installed_onnxruntimes, parse_device
 from caption_rt.errors import CaptionError, EngineError, printable
 
@@ -144,7 +145,9 @@ def _examined(part: str, look: Callable[[], Finding]) -> Finding:
     try:
         return look()
     except CaptionError as exc:
-        return Finding(part, "error", str(exc), _mend(part), exc.exit_code)
+        # A self-test that cannot be made, or fails, says itself what to do, but for what ONNX Runtime says.
+        mend = None if part == "self-test" and exc.__cause__ is None else _mend(part)
+        return Finding(part, "error", str(exc.renamed(OPTION_NAMES)), mend, exc.exit_code)
     # Whatever a broken package raises on import or in use is what is looked for here.
     except Exception as exc:
         text = f"{type(exc).__name__}: {printable(' '.join(str(exc).split())[:300])}"

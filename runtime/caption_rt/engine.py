@@ -374,7 +374,8 @@ def try_provider(device: str) -> str:
     values = np.arange(6, dtype=np.float32).reshape(3, 2)
     picked = gather.pick(values, np.array([2, 0]))
     if not np.array_equal(DeviceRows(picked, gather).numpy(), values[[2, 0]]):
-        raise EngineError(f"{chosen.name} gives wrong numbers")
+        mend = "update NVIDIA's driver, or use the device cpu" if chosen.type == "cuda" else "reinstall ONNX Runtime"
+        raise EngineError(f"{chosen.name} gives wrong numbers: {mend}")
     return _CUDA if chosen.type == "cuda" else _CPU
 
 
@@ -501,7 +502,7 @@ def _choose(device: str) -> tuple[Device, Missing | None]:
 
 def _preload() -> None:
     """Load CUDA and cuDNN from the packages of the extra `cuda` where they are installed."""
-    with warnings.catch_warnings(), engine_errors("ONNX Runtime cannot load its libraries"):
+    with warnings.catch_warnings(), engine_errors("ONNX Runtime cannot load its libraries", ""):
         warnings.simplefilter("ignore")
         # It prints what it does not find.
         _cuda.silenced(onnxruntime.preload_dlls)

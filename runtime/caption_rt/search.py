@@ -22,6 +22,8 @@ Rows: TypeAlias = Any
 """Something with a row for each hypothesis, of which ``rows[int64 [k]]`` gives some, in that order, one perhaps several
 times: a NumPy array, or an array on a GPU that stays there."""
 
+_REMEDY = "try another precision, or export the model again"
+
 
 class SpecialTokens(NamedTuple):
     """The token ids that mean something to a search; `caption_rt.captioning.special_tokens` gives a vocabulary's."""
@@ -174,7 +176,7 @@ def _checked(log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
     """The log-probabilities, if each row has one to choose; a value that is no number makes its row's maximum one."""
     highest = log_probs.max(axis=1)
     if np.isnan(highest).any():
-        raise EngineError("the decoder gave a log-probability that is not a number")
+        raise EngineError(f"the decoder gave a log-probability that is not a number: {_REMEDY}")
     if (highest == -np.inf).any():
-        raise EngineError("the decoder allows no word: all its log-probabilities are minus infinity")
+        raise EngineError(f"the decoder allows no word, all its log-probabilities are minus infinity: {_REMEDY}")
     return log_probs

@@ -1,7 +1,6 @@
 """The self-test of a bundle: does this machine give what the model's makers got in training?"""
 
 import base64
-import binascii
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from caption_rt import engine
 from caption_rt._fields import Fields
-from caption_rt.bundle import SELFTEST_FILE, Bundle
+from caption_rt.bundle import PRECISIONS, SELFTEST_FILE, Bundle
 from caption_rt.caption import Caption
-from caption_rt.errors import BundleError, EngineError, ImageError, OptionsError
+from caption_rt.errors import BundleError, EngineError, ImageError, OptionsError, Parameter
 from caption_rt.image import read_photo
 from caption_rt.options import DecodeOptions
 from caption_rt.search import Stepper
+from caption_rt.vocabulary import Vocabulary
 
 __all__ = ["CaptionPixels", "SelfTest", "forced_log_probs", "run_self_test"]
 
@@ -84,16 +85,14 @@ def _run(
         found = caption([pixels], options)[0]
         provider = found.provider
         difference = (
-            _difference(found, name, wanted)
+            _difference(bundle, found, name, wanted)
             if searched
-            else _forced_difference(on(pixels), bundle.vocabulary.start_id, wanted)
+            else _forced_difference(on(pixels), bundle.vocabulary, wanted)
         )
         # Written so that a difference that is not a number fails as well.
         if not difference <= tolerance:
-            raise EngineError(
-                f"the self-test failed: a log-probability of {name} is {difference:.2g} off, and "
-                f"{tolerance:.2g} is allowed ({provider}, {precision})"
-            )
+            off = f"a log-probability of {name} is {difference:.2g} off, and {tolerance:.2g} is allowed"
+            raise _failed(bundle, found, off)
         largest = max(largest, difference)
     return SelfTest(len(inputs), provider, precision, largest, tolerance)
 
@@ -134,43 +133,63 @@ def _options(settings: Fields) -> DecodeOptions:
 
 def _pixels(photo: Fields, size: int) -> NDArray[np.uint8]:
     try:
-        return read_photo(base64.b64decode(photo.text("png_base64"), validate=True), size)
-    except binascii.Error as exc:
+        data = base64.b64decode(photo.text("png_base64"), validate=True)
+    except ValueError as exc:
         raise photo.error("png_base64", f"is not base64: {exc}") from exc
+    try:
+        return read_photo(data, size)
     except ImageError as exc:
         raise photo.error("png_base64", f"is not a photo: {exc}") from exc
 
 
-def _difference(caption: Caption, name: str, wanted: Fields) -> float:
+def _failed(bundle: Bundle, caption: Caption, what: str) -> EngineError:
+    """The error of a test that failed, with what to do about it on such a device and in such a precision."""
+    others = [name for name in PRECISIONS if name in bundle.manifest.precisions and name != caption.precision]
+    another = f"install another version of ONNX Runtime (here is {engine.version()})"
+    remedy: tuple[str, ...] = (f"{another}, or export the model again",)
+    if caption.provider == "CUDAExecutionProvider":
+        remedy = "try ", Parameter("device"), " cpu; if that passes, update NVIDIA's driver and onnxruntime-gpu"
+    elif caption.precision == "int8" and not engine.multiplies_exactly():
+        remedy = (
+            "this processor does not sum products of 8 bits exactly, so choose another ",
+            *(Parameter("precision"), ", or a bundle exported with --reduce-range"),
+        )
+    elif others:
+        remedy = (
+            "try ",
+            *(Parameter("precision"), f" {others[0]}; if that fails too, {another} or export the model again"),
+        )
+    return EngineError(f"the self-test failed: {what} ({caption.provider}, {caption.precision}): ", *remedy)
+
+
+def _difference(bundle: Bundle, caption: Caption, name: str, wanted: Fields) -> float:
     """The largest difference of a log-probability.
 
     Raises:
         EngineError: the words differ.
     """
-    tokens, words = _expected(wanted)
+    tokens, words = _expected(wanted, bundle.vocabulary)
     if list(caption.tokens) != tokens:
-        raise EngineError(
-            f"the self-test failed: for {name} the token ids {list(caption.tokens)} came instead of {tokens} "
-            f"({caption.provider})"
-        )
-    return max(
-        abs(actual - number)
-        for actual, number in zip(
-            (caption.log_prob, *caption.word_log_probs), (wanted.number("log_prob"), *words), strict=True
-        )
-    )
+        raise _failed(bundle, caption, f"for {name} the token ids {list(caption.tokens)} came instead of {tokens}")
+    return _largest((caption.log_prob, *caption.word_log_probs), (wanted.number("log_prob"), *words))
 
 
-def _forced_difference(stepper: Stepper, start_id: int, wanted: Fields) -> float:
+def _forced_difference(stepper: Stepper, vocabulary: Vocabulary, wanted: Fields) -> float:
     """The largest difference of a word's log-probability, the words given."""
-    tokens, words = _expected(wanted)
-    found = forced_log_probs(stepper, tokens, start_id)
-    return max((abs(actual - number) for actual, number in zip(found, words, strict=True)), default=0.0)
+    tokens, words = _expected(wanted, vocabulary)
+    return _largest(forced_log_probs(stepper, tokens, vocabulary.start_id), words)
 
 
-def _expected(wanted: Fields) -> tuple[list[int], list[float]]:
+def _largest(found: Sequence[float], wanted: Sequence[float]) -> float:
+    """The largest difference; one that is not a number is the largest, which Python's own maximum would pass over."""
+    return float(np.max(np.abs(np.subtract(found, wanted)), initial=0))
+
+
+def _expected(wanted: Fields, vocabulary: Vocabulary) -> tuple[list[int], list[float]]:
     """A caption's token ids and their log-probabilities."""
     tokens, words = wanted.integers("token_ids"), wanted.numbers("word_log_probs")
+    if not all(0 <= token < len(vocabulary) for token in tokens):
+        raise wanted.error("token_ids", f"has others than those of the vocabulary, 0 to {len(vocabulary) - 1}")
     if len(words) != len(tokens):
         raise wanted.error("word_log_probs", f"has {len(words)} numbers for {len(tokens)} token ids")
     return tokens, words

@@ -156,7 +156,15 @@ def test_a_self_test_that_is_not_passed(copy):
     report = examine(str(copy), "cpu")
     assert (report.exit_code, statuses(report)) == (5, {"self-test": "error"})
     assert "the self-test failed" in found(report)["self-test"].text
-    assert "--device cpu" in found(report)["self-test"].mend
+    assert found(report)["self-test"].text.endswith(", or export the model again")
+    assert found(report)["self-test"].mend is None
+
+
+def test_a_precision_that_the_bundle_lacks(tiny_bundle):
+    report = examine(str(tiny_bundle), "cpu", precision="fp16")
+    assert (report.exit_code, statuses(report)) == (2, {"self-test": "error"})
+    assert found(report)["self-test"].text.endswith(" has no fp16: it has fp32")
+    assert found(report)["self-test"].mend is None
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])

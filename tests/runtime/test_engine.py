@@ -104,7 +104,7 @@ ONNXRUNTIME_ERRORS = [
 def test_every_error_of_onnxruntime_becomes_ours(error):
     with pytest.raises(EngineError) as caught, engine_errors("ONNX Runtime failed"):
         raise error("first line\nsecond line")
-    assert str(caught.value) == "ONNX Runtime failed: first line second line"
+    assert str(caught.value) == "ONNX Runtime failed: first line second line; caption-rt --doctor says what works"
     assert type(caught.value.__cause__) is error
 
 
