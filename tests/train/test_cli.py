@@ -51,8 +51,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
-    """A run that Ctrl-C ended after its first epoch: its folder, what it said, its exit code."""
+def interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int, int]:
+    """A run that Ctrl-C ended after its first epoch: its folder, what it said, its exit code.
+
+    And that of the same command while it was trained.
+    """
     folder = tmp_path_factory.mktemp("runs") / "run"
     child = subprocess.Popen(command("train", data, folder, *TINY), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
@@ -60,22 +63,25 @@ def interrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    child.send_signal(signal.SIGSTOP)
+    refused = main(["train", str(data), str(folder), *TINY])
     child.send_signal(signal.SIGINT)
+    child.send_signal(signal.SIGCONT)
     _, said = child.communicate(timeout=120)
-    return folder, said, child.returncode
+    return folder, said, child.returncode, refused
 
 
 @pytest.fixture(scope="module")
-def trained(data: Path, interrupted: tuple[Path, str, int]) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def trained(data: Path, interrupted: tuple[Path, str, int, int]) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """The same run after the same command was given again: its folder, and how that ended."""
-    folder, _, _ = interrupted
+    folder, *_ = interrupted
     return folder, run("train", data, folder, *TINY)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C comes to a child otherwise on Windows")
-def test_ctrl_c_says_how_to_go_on(interrupted: tuple[Path, str, int]) -> None:
-    folder, said, code = interrupted
-    assert code == 130
+def test_ctrl_c_says_how_to_go_on(interrupted: tuple[Path, str, int, int]) -> None:
+    folder, said, code, refused = interrupted
+    assert (code, refused) == (130, 7)
     assert said.splitlines()[-1] == "caption-train: error: interrupted; give the same command again to go on"
     assert "Traceback" not in said
     assert 0 < len(read_json_lines(folder / "history.jsonl")) < 6
@@ -93,6 +99,40 @@ def test_the_same_command_goes_on(trained: tuple[Path, subprocess.CompletedProce
     scores = json.loads((folder / "scores.json").read_text())["validation"]
     assert float(result.stdout.split()[1]) == pytest.approx(scores["BLEU-1"], abs=1e-3)
     assert scores["checkpoint"] == "best"
+
+
+# Holds a run folder as a training does, without the minutes of one.
+HOLDER = """
+import sys, time
+from pathlib import Path
+from caption_train.errors import TrainingError
+from caption_train.files import one_process
+with one_process(Path(sys.argv[1]), TrainingError("")):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nothing is held on Windows")
+def test_one_process_trains_in_a_folder_until_it_is_killed(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    arguments = ["train", str(data), str(folder), *TINY, "--until", "features"]
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder / "lock"], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "held\n"
+        assert main(arguments) == 7
+        assert capsys.readouterr().err == (
+            f"caption-train: error: another process trains in {folder}: wait for it, or end it\n"
+        )
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+        child.kill()
+    assert main([*arguments, "--set=training.seed=-1"]) == 2
+    assert not folder.exists()  # no run has come of it
+    assert main(arguments) == 0
+    assert (folder / "grids").exists()
 
 
 def test_nothing_but_ours_on_stderr(trained: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

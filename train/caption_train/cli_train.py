@@ -87,22 +87,23 @@ def train(
     dataset = load_dataset(data, images=images, max_missing_share=max_missing_share, **choices)
     with quiet_stderr():
         from caption_train.distributed import distribution
-        from caption_train.stages import prepare, start_run, trainer_of
+        from caption_train.stages import prepare, start_run, trained_by_one, trainer_of
 
     workers = distribution()
-    with workers.chief_first():
-        settings = start_run(run, dataset, choices=choices, config=config, changes=changes, start_from=start_from)
-    cache = cache or run / "grids"
-    if until == "features":
-        prepare(run, dataset, cache, workers)
-        return
-    trainer = trainer_of(run, dataset, cache, workers)
-    with training_bar(trainer.total_steps, int(trainer.step), settings.training.batch_size) as on_step:
-        trainer.run(on_step)
-    with workers.chief_first():  # the others wait, so that none is missed while the chief is busy
-        if until == "scores" and workers.is_chief:
-            options = asdict(settings.evaluation.decoding(settings.captions.max_words))
-            print_scores(evaluate_split(run, dataset, "validation", cache, "best", options))
+    with trained_by_one(run, workers):
+        with workers.chief_first():
+            settings = start_run(run, dataset, choices=choices, config=config, changes=changes, start_from=start_from)
+        cache = cache or run / "grids"
+        if until == "features":
+            prepare(run, dataset, cache, workers)
+            return
+        trainer = trainer_of(run, dataset, cache, workers)
+        with training_bar(trainer.total_steps, int(trainer.step), settings.training.batch_size) as on_step:
+            trainer.run(on_step)
+        with workers.chief_first():  # the others wait, so that none is missed while the chief is busy
+            if until == "scores" and workers.is_chief:
+                options = asdict(settings.evaluation.decoding(settings.captions.max_words))
+                print_scores(evaluate_split(run, dataset, "validation", cache, "best", options))
 
 
 @click.command("settings")

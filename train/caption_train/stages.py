@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from caption_train.checkpoints import Checkpoints
 from caption_train.datasets import CaptionedImage, Dataset
 from caption_train.distributed import Distribution
 from caption_train.errors import TrainingError
-from caption_train.files import read_json, refuse_other_options, write_json, write_text
+from caption_train.files import one_process, read_json, refuse_other_options, write_json, write_text
 from caption_train.finetune import FineTunedBlocks, check_cut, lower_part
 from caption_train.inception import (
     DISTILLATION,
@@ -53,11 +54,38 @@ from caption_train.training import BEST, LAST, START, Trainer
 
 logger = logging.getLogger(__name__)
 
+LOCK = "lock"
 _GRID_SETTINGS = ("width", "size", "layer")  # of the extractor: a folder of weights brings its own
 _GRIDS = frozenset(f"extractor.{name}" for name in _GRID_SETTINGS)
 _OF_THE_WEIGHTS = (  # what a run has in common with the one that it starts from
     _GRIDS | {"extractor.weights"} | {key for key in KEYS if key.startswith(("model.", "captions."))}
 ) - {"model.dropout"}
+
+
+@contextlib.contextmanager
+def trained_by_one(folder: Path, workers: Distribution) -> Iterator[None]:
+    """Keep other commands from training in a run folder at the same time; the chief of this one does.
+
+    Args:
+        folder: Made if it is not there, and taken away again if no run comes of it.
+        workers: The processes that train together.
+
+    Raises:
+        TrainingError: Another command trains there.
+        OSError: The folder cannot be written.
+    """
+    if not workers.is_chief:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_process(folder / LOCK, TrainingError(f"another process trains in {folder}: wait for it, or end it")):
+        try:
+            yield
+        finally:
+            if not (folder / RUN).exists():
+                with contextlib.suppress(OSError):  # what a stage has written stays
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
 
 
 class Prepared(NamedTuple):
