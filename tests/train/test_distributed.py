@@ -129,6 +129,44 @@ def test_two_devices_of_one_process(alone: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path, alone)
 
 
+# Adam's first moments after one step, of one device and of two, at every limit.
+CLIPPING = """
+    import sys
+    from pathlib import Path
+    import numpy as np
+    import tensorflow as tf
+    from caption_train.distributed import Distribution
+    from caption_train.training import Trainer
+    from tiny_training import tiny_data, tiny_settings
+
+    folder, changes = Path(sys.argv[1]), sys.argv[2:]
+    cpus = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], cpus)
+    made = tiny_data(folder / "data")
+
+    def moments(workers, limit):
+        settings = tiny_settings(*changes, f"training.clip_norm={limit}")
+        trainer = Trainer(settings, *made, folder / "run", workers=workers)
+        trainer._take_step(next(trainer._batches(0, 0)))
+        return [np.asarray(moment) for moment in trainer.optimizer._momentums]
+
+    for limit in (0, 0.05, 5):
+        one = moments(None, limit)
+        two = moments(Distribution(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])), limit)
+        print("norm:", 10 * np.sqrt(sum((moment**2).sum() for moment in one)))
+        for mine, theirs in zip(two, one, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-7 * np.abs(theirs).max())
+"""
+
+
+@pytest.mark.slow
+def test_gradients_are_clipped_as_those_of_the_whole_batch(tmp_path: Path) -> None:
+    (said,) = ended(started([sys.executable, "-c", textwrap.dedent(CLIPPING), str(tmp_path), *CHANGES]))
+    free, *norms = (float(line.split()[1]) for line in said.splitlines() if line.startswith("norm:"))
+    assert 0.05 < free < 5
+    assert norms == pytest.approx([0.05, free], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_two_processes(alone: Path, tmp_path: Path) -> None:
     _, second = ended(*start_pair(tmp_path))
@@ -194,6 +232,16 @@ def test_fine_tuning_by_the_command_in_two_processes(tmp_path: Path) -> None:
     assert losses(one)[-1] < losses(one)[0]
 
 
+@pytest.mark.slow
+def test_a_port_that_another_program_has(tmp_path: Path) -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        config = cluster()[0]
+        config["cluster"]["worker"][0] = address = f"localhost:{taken.getsockname()[1]}"
+        (said, _) = (process := start("workers", tmp_path, config=config)).communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"caption_train.errors.TrainingError: starting the server at {address}: " in said
+
+
 def test_photos_are_dealt_with_all_of_their_captions() -> None:
     (whole,) = Distribution().shares(np.array([4, 4, 0, 7, 0]))
     assert whole.tolist() == [0, 1, 2, 3, 4]
@@ -230,6 +278,17 @@ def test_one_worker_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": -1}}',
             "TF_CONFIG: the task is worker -1",
+        ),
+        (
+            '{"cluster": {"chief": ["a:1", "b:1"], "worker": ["c:1"]}, "task": {"type": "chief", "index": 0}}',
+            "TF_CONFIG: it has 2 chiefs; there are workers and at most one chief",
+        ),
+        *(
+            (
+                f'{{"cluster": {{"worker": ["a:1", {other}]}}, "task": {{"type": "worker", "index": 0}}}}',
+                f"TF_CONFIG: '{shown}' is no address: give HOST:PORT",
+            )
+            for other, shown in (('"b"', "b"), ('"b:"', "b:"), ('":1"', ":1"), ('"b:70000"', "b:70000"), ("7", "7"))
         ),
     ],
 )

@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -28,6 +29,8 @@ from caption_train.checkpoints import tensorflow_errors
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_PORT = re.compile(r"[^:]:(\d+)$", re.ASCII)
 
 
 class Distribution:
@@ -150,11 +153,13 @@ def distribution() -> Distribution:
 
     Raises:
         OptionsError: TF_CONFIG cannot be understood.
+        TrainingError: This process cannot be had at its address.
     """
-    cluster = _cluster()
-    if cluster > 1:
-        logger.info("waiting for the other workers of TF_CONFIG, %d in all", cluster)
-        return Distribution(tf.distribute.MultiWorkerMirroredStrategy())
+    processes, address = _cluster()
+    if processes > 1:
+        logger.info("waiting for the other workers of TF_CONFIG, %d in all", processes)
+        with tensorflow_errors(f"starting the server at {address}"):
+            return Distribution(tf.distribute.MultiWorkerMirroredStrategy())
     gpus = tf.config.list_logical_devices("GPU")
     if len(gpus) > 1:
         logger.info("training on %d GPUs", len(gpus))
@@ -162,15 +167,15 @@ def distribution() -> Distribution:
     return Distribution()
 
 
-def _cluster() -> int:
-    """How many workers TF_CONFIG names, the chief among them; 0 without it.
+def _cluster() -> tuple[int, str]:
+    """How many workers TF_CONFIG names, the chief among them, and the address of this one; 0 and "" without it.
 
     Raises:
         OptionsError: It is not what TensorFlow describes.
     """
     text = os.environ.get("TF_CONFIG")
     if not text:
-        return 0
+        return 0, ""
     try:
         described = json.loads(text)
         addresses = {kind: list(described["cluster"][kind]) for kind in described["cluster"]}
@@ -181,11 +186,19 @@ def _cluster() -> int:
             f"TF_CONFIG is not as TensorFlow describes it ({type(exc).__name__}: {exc}): it wants "
             '{"cluster": {"worker": ["HOST:PORT", ...]}, "task": {"type": "worker", "index": 0}}'
         ) from exc
-    others = set(addresses) - {"chief", "worker"}
-    if others or not isinstance(address, str) or index < 0:
-        wrong = f"it has tasks of the type {sorted(others)[0]!r}" if others else f"the task is {kind} {index}"
-        raise OptionsError(f"TF_CONFIG: {wrong}; there are workers and at most one chief")
-    return sum(map(len, addresses.values()))
+    everyone = [str(each) for kind in addresses for each in addresses[kind]]
+    unusable = [each for each in everyone if not ((port := _PORT.search(each)) and 0 < int(port[1]) < 2**16)]
+    if others := set(addresses) - {"chief", "worker"}:
+        wrong = f"it has tasks of the type {min(others)!r}"
+    elif len(addresses.get("chief", ())) > 1:
+        wrong = f"it has {len(addresses['chief'])} chiefs"
+    elif index < 0:
+        wrong = f"the task is {kind} {index}"
+    elif unusable:
+        raise OptionsError(f"TF_CONFIG: {unusable[0]!r} is no address: give HOST:PORT")
+    else:
+        return len(everyone), str(address)
+    raise OptionsError(f"TF_CONFIG: {wrong}; there are workers and at most one chief")
 
 
 def _workers(resolver: Any) -> tuple[int, int]:
