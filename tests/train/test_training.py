@@ -20,7 +20,7 @@ from caption_train.checkpoints import Checkpoints, latest_checkpoint
 from caption_train.errors import TrainingError
 from caption_train.files import read_json_lines
 from caption_train.schedules import WarmupCosine, learning_rate
-from caption_train.training import Trainer
+from caption_train.training import Trainer, _mean
 from tiny_training import Made, tiny_data, tiny_settings, tiny_trainer
 
 pytestmark = pytest.mark.tf
@@ -363,6 +363,36 @@ def test_a_loss_that_is_no_number_and_no_memory_are_one_sentence(
     with pytest.raises(TrainingError, match=r"^step 0: out of memory or disk space \(OOM when allocating tensor\)$"):
         trainer.run()
     assert not (tmp_path / "last").exists()
+
+
+def test_gradients_are_scaled_down_to_a_global_norm(data: Made, tmp_path: Path) -> None:
+    free, clipped = (first_gradients(data, tmp_path / limit, limit) for limit in ("0", "0.05"))
+    norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in free))
+    assert norm > 0.05
+    for mine, whole in zip(clipped, free, strict=True):
+        np.testing.assert_allclose(mine, whole * 0.05 / norm, rtol=1e-4, atol=1e-9)
+
+
+def first_gradients(data: Made, folder: Path, limit: str) -> list[np.ndarray]:
+    """As Adam has them after one step: a tenth of them is its first moment."""
+    trainer = tiny_trainer(data, folder, "model.dropout=0", f"training.clip_norm={limit}")
+    trainer._take_step(next(trainer._batches(0, 0)))
+    return [10 * np.asarray(moment) for moment in trainer.optimizer._momentums]
+
+
+def test_what_an_objective_says_of_several_shares_is_their_mean() -> None:
+    assert _mean([{"reward": 1.0}, {"reward": 4.0}], [20.0, 10.0]) == {"reward": pytest.approx(2)}
+    assert _mean([{"reward": 0.1}, {"reward": 4.0}], [30.0, 0.0]) == {"reward": 0.1}
+    assert _mean([{"reward": 0.3}], [0.0]) == {"reward": 0.3}
+    assert _mean([{}, {}], [1.0, 2.0]) == {}
+
+
+def test_weights_that_are_no_numbers_at_the_end_of_an_epoch(data: Made, tmp_path: Path) -> None:
+    trainer = tiny_trainer(data, tmp_path)
+    for weight in trainer.model.trainable_variables:
+        weight.assign(np.full(weight.shape, math.nan))
+    with pytest.raises(TrainingError, match="the validation loss is nan: lower the learning rate in a new run folder"):
+        trainer.validation.run()
 
 
 def test_the_rate_of_the_schedule() -> None:

@@ -240,7 +240,7 @@ class Trainer:
             "loss": cross_entropy / words,
             "learning_rate": rate,
             "captions_per_second": round(sum(len(batch.tokens) for batch in batches) / seconds, 1),
-            **prepared[0][1],
+            **_mean([facts for _, facts in prepared], normalisers),
         }
 
     def _save_between(self, step: int) -> None:
@@ -354,6 +354,13 @@ def _clipped(gradients: list[tf.Tensor], most: float) -> list[tf.Tensor]:
         norm > most, lambda: [gradient * (most / norm) for gradient in gradients], lambda: gradients
     )
     return clipped
+
+
+def _mean(facts: Sequence[Mapping[str, float]], weights: Sequence[float]) -> dict[str, float]:
+    """What an objective says of the shares of a process together; where none of them counts, all do alike."""
+    weights = weights if any(weights) else [1.0] * len(facts)
+    parts = [weight / sum(weights) for weight in weights]
+    return {name: sum(part * each[name] for part, each in zip(parts, facts, strict=True)) for name in facts[0]}
 
 
 def _adam(settings: TrainingSettings, total_steps: int, variables: Sequence[Any]) -> keras.optimizers.Optimizer:

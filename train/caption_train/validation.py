@@ -18,6 +18,7 @@ from caption_rt.search import decode
 from caption_rt.strategies import Hypothesis
 from caption_rt.vocabulary import Vocabulary
 from caption_train.batches import Batch, CaptionData, load_batch, tutorial_loss
+from caption_train.errors import TrainingError
 from caption_train.model import CaptionModel, TensorFlowStepper
 from caption_train.objectives import CrossEntropy
 from caption_train.scores import score_captions
@@ -86,8 +87,14 @@ class Validation:
         self._loss, self._grid = loss, grid
 
     def run(self) -> Findings:
-        """Loss over all validation captions, scores of greedy captions of the chosen photos."""
+        """Loss over all validation captions, scores of greedy captions of the chosen photos.
+
+        Raises:
+            TrainingError: The loss is no number: there is nothing to search among what has no probability.
+        """
         total, words = self.loss()
+        if math.isnan(total):
+            raise TrainingError("the validation loss is nan: lower the learning rate in a new run folder")
         data = self._data
         hypotheses = search_captions(
             self._stepper,
