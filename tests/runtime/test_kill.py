@@ -234,11 +234,16 @@ def test_a_terminal_that_is_closed(tmp_path, told):
     expected = unbroken(tmp_path, 60, "jsonl", batch_size=2)["out.jsonl"]
     ours, theirs = pty.openpty()
     out = tmp_path / "out.jsonl"
+
+    def take_the_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     process = started(
         *arguments(tmp_path, "jsonl", batch_size=2),
         **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
         start_new_session=True,
-        preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if told else None,
+        preexec_fn=take_the_terminal if told else None,
     )
     os.close(theirs)
     while b"photos/s" not in os.read(ours, 1 << 16) or not out.exists() or out.stat().st_size < 1000:
