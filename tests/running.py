@@ -135,3 +135,10 @@ def ended(process: BaseProcess, seconds: float = 60) -> int | None:
     with contextlib.suppress(ValueError):
         return process.exitcode
     return None
+
+
+def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines of standard error; each must be one of ours."""
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("caption-rt: error: ") for line in lines), done.stderr
+    return [line.removeprefix("caption-rt: error: ") for line in lines]
