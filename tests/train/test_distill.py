@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from caption_rt.errors import ImageError, OptionsError
 from caption_rt.image import read_photo
-from caption_train.distill import SMALL, Distillation, DistillConfig, _flip, _Scale, run_distillation
+from caption_train.distill import SMALL, Distillation, DistillConfig, _flip, run_distillation
+from caption_train.distill_scale import Scale
 from caption_train.distill_views import WHOLE, Teacher
 from caption_train.errors import TrainingError
 from caption_train.files import read_json_lines
@@ -84,7 +85,7 @@ def test_photo_and_grid_are_flipped_together() -> None:
 
 def test_the_scale_and_the_way_back(teacher: Teacher, photos: list[Path]) -> None:
     views = teacher.look(photos, WHOLE)
-    grids, scale = views.cache.gather(views.rows), _Scale.of(views)
+    grids, scale = views.cache.gather(views.rows), Scale.of(views)
     target = scale.target(grids, teacher.grid_shape).numpy()
     live = scale.deviation > 1e-2
     assert live.any()
